@@ -1,0 +1,46 @@
+# Every target sets up .venv when it is not there or older than pyproject.toml; nothing else is needed than Python 3.10+.
+PYTHON ?= python3
+VENV ?= .venv
+ifeq ($(OS),Windows_NT)
+BIN := $(VENV)/Scripts
+else
+BIN := $(VENV)/bin
+endif
+READY := $(VENV)/.ready
+
+.PHONY: help setup demo test test-full lint bench clean
+
+help:
+	@echo "make demo       phantom PET/CT -> nnU-Net dataset -> train, predict, ensemble, score (demo_output/)"
+	@echo "make test       the tests (10 minutes on 2 cores)"
+	@echo "make test-full  the tests for every feature and network"
+	@echo "make lint       ruff"
+	@echo "make bench      benchmarks"
+	@echo "make clean      remove .venv and outputs"
+
+setup: $(READY)
+
+$(READY): pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --editable ".[dev]"
+	$(BIN)/python -c "import pathlib; pathlib.Path('$(READY)').touch()"
+
+demo: $(READY)
+	$(BIN)/h2a_demo -o demo_output
+
+test: $(READY)
+	$(BIN)/python -m pytest -m "not full"
+
+test-full: $(READY)
+	$(BIN)/python -m pytest
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+bench: $(READY)
+	$(BIN)/python benchmarks/h2aseg.py
+
+clean:
+	$(PYTHON) -c "import shutil; [shutil.rmtree(p, ignore_errors=True) for p in ('$(VENV)', 'demo_output', 'build', 'dist')]"

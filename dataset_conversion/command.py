@@ -1,0 +1,180 @@
+"""What all converter commands share: their flags, their messages and their exit codes.
+
+Exit codes: 0 all converted, 1 some patients refused, 2 nothing done, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from dataset_conversion import raw_dataset
+from dataset_conversion.engine import Discovery, Recipe, Refusal, print_error, run, split_test_cases, unique_cases
+from dataset_conversion.errors import ConversionError, UsageError
+
+MAX_NOTES = 20
+ALL_CONVERTED, SOME_REFUSED, NOTHING_DONE, INTERRUPTED = 0, 1, 2, 130
+
+
+def build_parser(prog: str, description: str, default_name: str, default_grid: str) -> argparse.ArgumentParser:
+    """Return a parser with the flags common to all converters."""
+    parser = argparse.ArgumentParser(
+        prog=prog,
+        description=description,
+        epilog="Exit code: 0 all converted, 1 some patients refused (each with its reason), 2 nothing done.",
+    )
+    parser.add_argument(
+        "-i", "--input", required=True, metavar="SOURCE", help="folder with the data, searched whatever its layout"
+    )
+    parser.add_argument(
+        "-d", "--dataset-id", required=True, type=int, metavar="ID", help="nnU-Net dataset ID, 1 to 999"
+    )
+    parser.add_argument("--name", default=default_name, help=f"dataset name (default: {default_name})")
+    parser.add_argument(
+        "--grid",
+        choices=("ct", "pet"),
+        default=default_grid,
+        help=f"voxel grid of the dataset; the other image is resampled to it (default: {default_grid})",
+    )
+    parser.add_argument(
+        "-np",
+        "--num-processes",
+        type=_positive,
+        default=None,
+        metavar="N",
+        help="worker processes (default: nnUNet_def_n_proc, else the number of cores, at most 8)",
+    )
+    parser.add_argument(
+        "--test", nargs="+", default=[], metavar="PATIENT", help="patients for imagesTs and labelsTs"
+    )
+    parser.add_argument("--dry-run", action="store_true", help="say what would be done and write nothing")
+    return parser
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError("must be 1 or more")
+    return value
+
+
+def default_processes() -> int:
+    """Return nnU-Net's own setting where the user has made one, else the number of cores, at most 8."""
+    setting = os.environ.get("nnUNet_def_n_proc", "").strip()
+    return int(setting) if setting.isdigit() and int(setting) > 0 else min(8, os.cpu_count() or 1)
+
+
+def execute(recipe: Recipe, arguments: argparse.Namespace) -> int:
+    """Run a converter command and return its exit code; every fault becomes one line on the error stream."""
+    try:
+        return _execute(recipe, arguments)
+    except ConversionError as error:
+        print_error(f"{recipe.command}: error: {error}")
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        print_error(f"{recipe.command}: error: {where}{error.strerror or error}; correct this and run again")
+    except KeyboardInterrupt:
+        print_error(f"{recipe.command}: interrupted; run the same command again to go on, finished cases are kept")
+        return INTERRUPTED
+    return NOTHING_DONE
+
+
+def _execute(recipe: Recipe, arguments: argparse.Namespace) -> int:
+    dataset = raw_dataset.locate(arguments.dataset_id, arguments.name)
+    source = Path(arguments.input).expanduser()
+    if not source.exists():
+        raise UsageError("does not exist", "give the folder with the data: -i SOURCE", source)
+    with _Bar("searching", "files") as bar:
+        discovery = recipe.discover(source, recipe.options, bar.tick)
+    unique_cases(discovery)
+    if not discovery.cases:
+        _report_refusals(discovery.refusals)
+        raise UsageError("holds nothing that can be converted", "see docs/conversion.md for what is looked for", source)
+    if arguments.dry_run:
+        return _dry_run(recipe, discovery, dataset, arguments.test)
+    processes = arguments.num_processes or default_processes()
+    with _Bar("converting", "cases") as bar:
+        outcome = run(recipe, source, dataset, discovery, processes, arguments.test, bar.start)
+    _report_refusals(outcome.refusals)
+    if not outcome.splits:
+        print_error(f"{recipe.command}: no training case could be converted; no dataset was written")
+        return NOTHING_DONE
+    _print_notes([f"note: {case_id}: {text}" for case_id, texts in outcome.notes.items() for text in texts])
+    print(
+        f"{dataset}: {len(outcome.converted)} cases converted, {len(outcome.kept)} kept from an earlier run, "
+        f"{len(outcome.refusals)} refused; details in conversion_report.json"
+    )
+    stale = raw_dataset.stale_preprocessed_splits(dataset.name, outcome.splits)
+    if stale is not None:
+        print_error(f"warning: {stale} holds other folds than the new dataset and nnU-Net would stop; type: rm {stale}")
+    print("next:")
+    commands = raw_dataset.next_commands(
+        arguments.dataset_id, len(outcome.splits), outcome.test_cases > 0, dataset.name
+    )
+    for line in commands:
+        print(f"  {line}")
+    return SOME_REFUSED if outcome.refusals else ALL_CONVERTED
+
+
+def _dry_run(recipe: Recipe, discovery: Discovery, dataset: Path, test: Sequence[str]) -> int:
+    test_ids = split_test_cases(discovery, test)
+    refusals = list(discovery.refusals)
+    print(f"would write {dataset}:")
+    for case in discovery.cases:
+        try:
+            line = recipe.describe(case, recipe.options)
+        except ConversionError as error:
+            refusals.append(Refusal(case.case_id, error.what, error.remedy, error.file))
+            continue
+        print(f"  {case.case_id} ({'test' if case.case_id in test_ids else 'training'}): {line}")
+    for name, reason in sorted(discovery.passed_over.items()):
+        print(f"  {name}: left out, {reason}")
+    _report_refusals(refusals)
+    if len(refusals) >= len(discovery.cases) + len(discovery.refusals):
+        return NOTHING_DONE
+    return SOME_REFUSED if refusals else ALL_CONVERTED
+
+
+def _print_notes(lines: Sequence[str]) -> None:
+    for line in lines[:MAX_NOTES]:
+        print(line)
+    if len(lines) > MAX_NOTES:
+        print(f"note: {len(lines) - MAX_NOTES} more notes are in conversion_report.json")
+
+
+def _report_refusals(refusals: Sequence[Refusal]) -> None:
+    for refusal in refusals:
+        print_error(f"refused {refusal}")
+
+
+class _Bar:
+    """A tqdm bar on the error stream, made on first use, so that ``--help`` does not import tqdm."""
+
+    def __init__(self, what: str, unit: str) -> None:
+        self._what = what
+        self._unit = unit
+        self._bar: Any = None
+
+    def __enter__(self) -> _Bar:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+    def start(self, total: int | None) -> Callable[[], None]:
+        """Show the bar for ``total`` steps and return what advances it."""
+        from tqdm import tqdm
+
+        self._bar = tqdm(total=total, desc=self._what, unit=f" {self._unit}", file=sys.stderr, mininterval=0.5)
+        return self.tick
+
+    def tick(self) -> None:
+        """Advance by one."""
+        if self._bar is None:
+            self.start(None)
+        self._bar.update(1)

@@ -1,0 +1,108 @@
+"""Bringing images of one case onto one grid, by physical coordinates."""
+
+from __future__ import annotations
+
+import itertools
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    import SimpleITK as sitk
+
+# Corners of two grids that differ by less than this part of a voxel are rounding (NIfTI keeps affines as float32).
+SAME_GRID_VOXELS = 0.01
+AXIS_TOLERANCE = 1e-4
+FILL_CT = -1024.0
+FILL_PET = 0.0
+
+
+def corners(image: sitk.Image) -> np.ndarray:
+    """Return the physical positions of the eight corner voxels, shape (8, 3), mm, LPS."""
+    ends = [(0, size - 1) for size in image.GetSize()]
+    return np.array([image.TransformIndexToPhysicalPoint(index) for index in itertools.product(*ends)])
+
+
+def same_grid(first: sitk.Image, second: sitk.Image) -> bool:
+    """True where both images have the same size and the same corners to 1 % of a voxel."""
+    if first.GetSize() != second.GetSize():
+        return False
+    apart = np.abs(corners(first) - corners(second)).max()
+    return bool(apart <= SAME_GRID_VOXELS * min(*first.GetSpacing(), *second.GetSpacing()))
+
+
+def onto_grid(image: sitk.Image, reference: sitk.Image, fill: float, nearest: bool = False) -> tuple[sitk.Image, bool]:
+    """Return the image on the grid of ``reference``, and whether it had to be resampled.
+
+    Args:
+        image: moving image.
+        reference: image whose grid is wanted.
+        fill: value outside the image.
+        nearest: nearest neighbour (masks) instead of linear interpolation.
+    """
+    import SimpleITK as sitk
+
+    if same_grid(image, reference):
+        copy = sitk.Image(image)
+        copy.CopyInformation(reference)
+        return copy, False
+    interpolator = sitk.sitkNearestNeighbor if nearest else sitk.sitkLinear
+    return sitk.Resample(image, reference, sitk.Transform(), interpolator, fill, image.GetPixelID()), True
+
+
+def orientation_code(image: sitk.Image) -> str:
+    """Return the directions the axes run to, e.g. ``LPS`` for the identity direction."""
+    import SimpleITK as sitk
+
+    return sitk.DICOMOrientImageFilter.GetOrientationFromDirectionCosines(image.GetDirection())
+
+
+def is_oblique(image: sitk.Image) -> bool:
+    """True where the axes are not parallel to the patient's axes."""
+    direction = np.abs(np.array(image.GetDirection()).reshape(3, 3))
+    return bool(np.abs(direction - direction.round()).max() > AXIS_TOLERANCE)
+
+
+def oriented(image: sitk.Image, code: str = "LPS") -> sitk.Image:
+    """Return the image with its axes permuted and flipped to ``code``; voxels are not resampled.
+
+    nnU-Net's SimpleITK reader ignores the direction, so all cases of a dataset need the same one. Directions that
+    differ from the patient's axes by rounding only are made exact.
+    """
+    import SimpleITK as sitk
+
+    turned = sitk.DICOMOrient(image, code)
+    if not is_oblique(turned):
+        direction = np.array(turned.GetDirection()).round() + 0.0
+        turned.SetDirection(direction.tolist())
+    return turned
+
+
+def grid_record(image: sitk.Image) -> dict[str, Any]:
+    """Return size, spacing, origin and direction (x, y, z order, mm, LPS), ready for JSON."""
+    return {
+        "size": list(image.GetSize()),
+        "spacing": [round(value, 6) for value in image.GetSpacing()],
+        "origin": [round(value, 4) for value in image.GetOrigin()],
+        "direction": [round(value, 6) + 0.0 for value in image.GetDirection()],
+        "orientation": orientation_code(image),
+    }
+
+
+def fraction_inside(voxels: np.ndarray, grid: sitk.Image, image: sitk.Image) -> float:
+    """Return which part of some voxels of a grid lies within another image.
+
+    Args:
+        voxels: indices on ``grid``, shape (n, 3), order x, y, z.
+        grid: image the indices belong to.
+        image: the other image.
+
+    Returns:
+        0 to 1.
+    """
+    to_world = np.array(grid.GetDirection()).reshape(3, 3) * np.array(grid.GetSpacing())
+    world = voxels @ to_world.T + np.array(grid.GetOrigin())
+    to_index = np.linalg.inv(np.array(image.GetDirection()).reshape(3, 3) * np.array(image.GetSpacing()))
+    index = (world - np.array(image.GetOrigin())) @ to_index.T
+    inside = ((index >= -0.5) & (index <= np.array(image.GetSize()) - 0.5)).all(axis=1)
+    return float(inside.mean())

@@ -1,0 +1,269 @@
+"""``h2a_plan``: plans that name one of our networks, so that nnU-Net's stock trainer trains and predicts with it."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from collections.abc import Sequence
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+from nnunet_h2a.command import CommandError, dataset_folder, nnunet_folder, run_command
+from nnunet_h2a.training.modalities import ChannelError, channel_roles
+
+#: Networks that a plan may name, and their published widths: those of the first stage and the most.
+NETWORKS = {"H2ASeg": (8, 128)}
+
+#: ``--network`` value that keeps the base plan's own network and changes its sizes only.
+STOCK = "stock"
+
+#: Smallest edge of the deepest feature map; nnU-Net's own planner uses it too.
+MIN_FEATURE_MAP_EDGE = 4
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line of ``h2a_plan``."""
+    parser = argparse.ArgumentParser(
+        prog="h2a_plan",
+        description="Write nnU-Net plans whose architecture is one of our networks. They train with any trainer, "
+        "the stock nnUNetTrainer included, and reuse what nnU-Net has preprocessed.",
+    )
+    parser.add_argument("-d", "--dataset", required=True, help="dataset number or name, planned by nnU-Net before")
+    parser.add_argument(
+        "-c", "--configurations", nargs="+", metavar="C",
+        help="2d, 3d_fullres, … [all in the plans that --patch-size fits]",
+    )  # fmt: skip
+    parser.add_argument(
+        "--network", choices=[*NETWORKS, STOCK], default="H2ASeg",
+        help=f"network to plan for; '{STOCK}' keeps the base plans' network and sets its sizes [%(default)s]",
+    )  # fmt: skip
+    parser.add_argument("-p", "--plans", default="nnUNetPlans", help="plans to start from [%(default)s]")
+    parser.add_argument("-o", "--plans-name", help="name of the new plans [nnUNet<network>Plans]")
+    parser.add_argument(
+        "--patch-size", type=int, nargs="+", metavar="N",
+        help="patch in voxels, in the plans' axis order (lowest resolution first) [the base plans']",
+    )  # fmt: skip
+    parser.add_argument("--batch-size", type=int, metavar="N", help="patches per step [the base plans']")
+    parser.add_argument("--n-stages", type=int, metavar="N", help="number of resolutions [as the patch allows]")
+    parser.add_argument(
+        "--features", type=int, nargs="+", metavar="F",
+        help="channels of each stage (per branch) [the network's published widths]",
+    )  # fmt: skip
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point of ``h2a_plan``."""
+    arguments = build_parser().parse_args(argv)
+    return run_command(lambda: _plan(arguments))
+
+
+def _plan(arguments: argparse.Namespace) -> int:
+    folder = dataset_folder(nnunet_folder("nnUNet_preprocessed"), arguments.dataset)
+    number = int(folder.name[len("Dataset") :].split("_")[0])
+    base = _read_json(folder / f"{arguments.plans}.json", f"nnUNetv2_plan_and_preprocess -d {number}")
+    dataset_json = _read_json(folder / "dataset.json", f"nnUNetv2_plan_and_preprocess -d {number}")
+    name = arguments.plans_name or f"nnUNet{arguments.network}Plans"
+    if "__" in name or not name.isidentifier():
+        raise CommandError(f"--plans-name {name}: use letters, digits and single underscores")
+    if name == arguments.plans:
+        raise CommandError(f"--plans-name {name} would overwrite the plans it starts from: choose another name")
+    plans = make_plans(
+        base, dataset_json, network=arguments.network, plans_name=name, configurations=arguments.configurations,
+        patch_size=arguments.patch_size, batch_size=arguments.batch_size, n_stages=arguments.n_stages,
+        features=arguments.features,
+    )  # fmt: skip
+    target = folder / f"{name}.json"
+    temporary = target.with_suffix(".json.part")
+    temporary.write_text(json.dumps(plans, indent=4) + "\n", encoding="utf-8")
+    os.replace(temporary, target)
+    _report(plans, target, number, arguments.network)
+    return 0
+
+
+def make_plans(
+    base: dict[str, Any],
+    dataset_json: dict[str, Any],
+    *,
+    network: str,
+    plans_name: str,
+    configurations: Sequence[str] | None = None,
+    patch_size: Sequence[int] | None = None,
+    batch_size: int | None = None,
+    n_stages: int | None = None,
+    features: Sequence[int] | None = None,
+) -> dict[str, Any]:
+    """Plans for ``network`` from plans of nnU-Net.
+
+    Args:
+        base: content of a plans file.
+        dataset_json: content of dataset.json, for the order of the channels and the kind of labels.
+        network: key of :data:`NETWORKS`, or :data:`STOCK`.
+        plans_name: name of the new plans.
+        configurations: configurations to keep; None keeps all that ``patch_size`` fits. What they inherit from
+            stays as well.
+        patch_size: voxels, in the plans' axis order. Strides and kernels then follow by nnU-Net's own rules.
+        batch_size: patches per step.
+        n_stages: number of resolutions; not more than the patch allows.
+        features: channels of each stage.
+
+    Returns:
+        Content of the new plans file. Data identifiers are unchanged, so nothing is preprocessed again.
+
+    Raises:
+        CommandError: for sizes that do not go together, or a dataset that is not CT and PET.
+    """
+    plans = deepcopy(base)
+    plans["plans_name"] = plans_name
+    if configurations is None and patch_size is not None:
+        configurations = [
+            key for key, value in plans["configurations"].items() if len(value.get("spacing", [])) == len(patch_size)
+        ]
+        if not configurations:
+            raise CommandError(f"--patch-size: no configuration of the plans has {len(patch_size)} axes")
+    wanted = _with_dependencies(plans["configurations"], configurations)
+    plans["configurations"] = {key: value for key, value in plans["configurations"].items() if key in wanted}
+    for key, configuration in plans["configurations"].items():
+        if batch_size is not None and "batch_size" in configuration:
+            configuration["batch_size"] = batch_size
+        if "architecture" not in configuration:
+            continue
+        old = configuration["architecture"]["arch_kwargs"]
+        geometry = _geometry(key, configuration, old, patch_size, n_stages)
+        configuration["patch_size"] = geometry.pop("patch_size")
+        stages = geometry["n_stages"]
+        if features is not None and len(features) != stages:
+            raise CommandError(f"--features: configuration {key} has {stages} stages, got {len(features)} numbers")
+        if network == STOCK:
+            old.update(geometry)
+            old["features_per_stage"] = list(features or _resize(old["features_per_stage"], stages))
+            for setting, length in _PER_STAGE.items():
+                if isinstance(old.get(setting), list):
+                    old[setting] = _resize(old[setting], length(stages))
+        else:
+            configuration["architecture"] = _architecture(
+                network, geometry, old["conv_op"], features, configuration["patch_size"], dataset_json
+            )
+    return plans
+
+
+#: Settings of nnU-Net's U-Nets with one entry per stage, or per stage of the decoder.
+_PER_STAGE = {
+    "n_conv_per_stage": lambda stages: stages,
+    "n_blocks_per_stage": lambda stages: stages,
+    "n_conv_per_stage_decoder": lambda stages: stages - 1,
+}
+
+
+def _resize(values: list[Any], length: int) -> list[Any]:
+    return [*values[:length], *[values[-1]] * (length - len(values))]
+
+
+def _with_dependencies(available: dict[str, Any], wanted: Sequence[str] | None) -> set[str]:
+    pending, result = list(available if wanted is None else wanted), set()
+    while pending:
+        key = pending.pop()
+        if key not in available:
+            raise CommandError(f"the plans have no configuration {key}; they have {', '.join(available)}")
+        result.add(key)
+        links = [available[key].get("inherits_from"), available[key].get("previous_stage")]
+        pending += [link for link in links if link is not None and link not in result]
+    return result
+
+
+def _geometry(
+    key: str,
+    configuration: dict[str, Any],
+    old: dict[str, Any],
+    patch_size: Sequence[int] | None,
+    n_stages: int | None,
+) -> dict[str, Any]:
+    """Patch, stages, strides and kernels of a configuration."""
+    if patch_size is None:
+        patch, strides, kernels = configuration["patch_size"], old["strides"], old["kernel_sizes"]
+    else:
+        # No torch behind this import: the planner's topology is arithmetic on lists.
+        from nnunetv2.experiment_planning.experiment_planners.network_topology import get_pool_and_conv_props
+
+        spacing = configuration["spacing"]
+        if len(patch_size) != len(spacing) or min(patch_size) < 1:
+            raise CommandError(
+                f"--patch-size: configuration {key} has {len(spacing)} axes, got {list(patch_size)}; choose "
+                "configurations with -c"
+            )
+        _, strides, kernels, patch, _ = get_pool_and_conv_props(spacing, patch_size, MIN_FEATURE_MAP_EDGE, 999999)
+        if [int(n) for n in patch] != list(patch_size):
+            print(f"{key}: patch {list(patch_size)} becomes {[int(n) for n in patch]}, divisible by its total stride")
+    stages = len(strides) if n_stages is None else n_stages
+    if not 3 <= stages <= len(strides):
+        # With two stages nnU-Net's deep supervision weights are 0 / 0.
+        raise CommandError(
+            f"--n-stages: configuration {key} allows 3 to {len(strides)} stages for patch {list(patch)}, got {stages}"
+        )
+    return {
+        "patch_size": [int(n) for n in patch],
+        "n_stages": stages,
+        "strides": [[int(n) for n in stage] for stage in strides[:stages]],
+        "kernel_sizes": [[int(n) for n in stage] for stage in kernels[:stages]],
+    }
+
+
+def _architecture(
+    network: str,
+    geometry: dict[str, Any],
+    conv_op: str,
+    features: Sequence[int] | None,
+    patch_size: Sequence[int],
+    dataset_json: dict[str, Any],
+) -> dict[str, Any]:
+    try:
+        ct_channel, pet_channel = channel_roles(dataset_json)
+    except ChannelError as error:
+        raise CommandError(str(error)) from error
+    first, most = NETWORKS[network]
+    widths = features or [min(first * 2**stage, most) for stage in range(geometry["n_stages"])]
+    return {
+        "network_class_name": f"nnunet_h2a.networks.{network}",
+        "arch_kwargs": {
+            **geometry,
+            "features_per_stage": [int(n) for n in widths],
+            "conv_op": conv_op,
+            "patch_size": list(patch_size),
+            "ct_channel": ct_channel,
+            "pet_channel": pet_channel,
+            "region_based": any(
+                isinstance(label, list | tuple) and len(label) > 1 for label in dataset_json["labels"].values()
+            ),
+        },
+        "_kw_requires_import": ["conv_op"],
+    }
+
+
+def _read_json(path: Path, cure: str) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise CommandError(f"{path} does not exist: run  {cure}  first") from error
+    except json.JSONDecodeError as error:
+        raise CommandError(f"{path} is not JSON ({error}): write it anew with  {cure}") from error
+
+
+def _report(plans: dict[str, Any], target: Path, number: int, network: str) -> None:
+    print(f"wrote {target}")
+    for key, configuration in plans["configurations"].items():
+        if "architecture" not in configuration:
+            print(f"  {key}: as {configuration['inherits_from']}")
+            continue
+        kwargs = configuration["architecture"]["arch_kwargs"]
+        print(
+            f"  {key}: patch {configuration['patch_size']}, batch {configuration['batch_size']}, "
+            f"{kwargs['n_stages']} stages of {kwargs['features_per_stage']} channels, strides {kwargs['strides']}"
+        )
+    configuration = next(iter(plans["configurations"]))
+    print("next, with the stock trainer:")
+    print(f"  nnUNetv2_train {number} {configuration} 0 -p {plans['plans_name']}")
+    if network in NETWORKS:
+        print("or with the network's own recipe:")
+        print(f"  nnUNetv2_train {number} {configuration} 0 -p {plans['plans_name']} -tr nnUNetTrainer{network}")

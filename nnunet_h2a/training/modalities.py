@@ -1,0 +1,55 @@
+"""Which channel of a dataset is CT and which is PET."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+CT_NAMES = frozenset({"ct", "ctres"})
+PET_NAMES = frozenset({"pet", "pt", "suv"})
+
+#: Key of dataset.json that says what each channel is, whatever ``channel_names`` calls it to get a normalisation.
+MODALITIES_KEY = "h2a_modalities"
+
+
+class ChannelError(ValueError):
+    """The dataset does not say which one channel is CT and which one is PET."""
+
+
+def channel_roles(dataset_json: Mapping[str, Any]) -> tuple[int, int]:
+    """Numbers of the CT and the PET channel.
+
+    ``h2a_modalities``, a list with one entry per channel, decides where dataset.json has it; otherwise
+    ``channel_names`` decides. Names are compared without regard to case: CT or CTres, and PET, PT or SUV.
+
+    Args:
+        dataset_json: content of an nnU-Net dataset.json.
+
+    Returns:
+        ``(ct_channel, pet_channel)``.
+
+    Raises:
+        ChannelError: unless there are exactly two channels, one of each kind.
+    """
+    channel_names = dataset_json.get("channel_names", dataset_json.get("modality", {}))
+    names = [str(channel_names[key]) for key in sorted(channel_names, key=int)]
+    source = "channel_names"
+    if MODALITIES_KEY in dataset_json:
+        source = MODALITIES_KEY
+        modalities = dataset_json[MODALITIES_KEY]
+        if not isinstance(modalities, (list, tuple)) or len(modalities) != len(names):
+            raise ChannelError(
+                f'dataset.json: "{MODALITIES_KEY}" must list one modality for each of the {len(names)} channels '
+                f"{names}, found {modalities!r}"
+            )
+        names = [str(name) for name in modalities]
+    kinds = [name.strip().casefold() for name in names]
+    ct = [number for number, kind in enumerate(kinds) if kind in CT_NAMES]
+    pet = [number for number, kind in enumerate(kinds) if kind in PET_NAMES]
+    if len(names) != 2 or len(ct) != 1 or len(pet) != 1:
+        raise ChannelError(
+            f"dataset.json: {source} is {names}, but a PET/CT fusion network needs exactly two image channels, one CT "
+            f"({'/'.join(sorted(CT_NAMES))}) and one PET ({'/'.join(sorted(PET_NAMES))}), in any order. If a channel "
+            f'is named otherwise to choose its normalisation, add for example "{MODALITIES_KEY}": ["CT", "PET"]'
+        )
+    return ct[0], pet[0]

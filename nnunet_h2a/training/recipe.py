@@ -1,0 +1,68 @@
+"""How a network is optimised: optimiser, learning rate, weight decay and warm-up, in nnU-Net's epochs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from nnunetv2.training.lr_scheduler.polylr import PolyLRScheduler
+from torch import nn
+
+
+@dataclass(frozen=True)
+class OptimizerRecipe:
+    """Optimiser settings of a trainer.
+
+    Args:
+        optimizer: ``"SGD"`` is nnU-Net's, with Nesterov momentum 0.99; ``"AdamW"`` has PyTorch's betas.
+        learning_rate: at its highest.
+        weight_decay: of the optimiser.
+        warmup_epochs: epochs over which the learning rate rises linearly before nnU-Net's polynomial decay; never
+            more than a tenth of the training.
+    """
+
+    optimizer: Literal["SGD", "AdamW"]
+    learning_rate: float
+    weight_decay: float
+    warmup_epochs: int = 0
+
+    def build(
+        self, parameters: Iterable[nn.Parameter], num_epochs: int
+    ) -> tuple[torch.optim.Optimizer, PolyLRScheduler]:
+        """Optimiser and scheduler as ``nnUNetTrainer.configure_optimizers`` returns them."""
+        if self.optimizer == "SGD":
+            optimizer: torch.optim.Optimizer = torch.optim.SGD(
+                parameters, self.learning_rate, weight_decay=self.weight_decay, momentum=0.99, nesterov=True
+            )
+        else:
+            optimizer = torch.optim.AdamW(parameters, self.learning_rate, weight_decay=self.weight_decay)
+        return optimizer, WarmupPolyLR(optimizer, self.learning_rate, num_epochs, self.warmup_epochs)
+
+
+class WarmupPolyLR(PolyLRScheduler):
+    """nnU-Net's polynomial decay after a linear rise over the first epochs.
+
+    The learning rate is a function of the epoch alone, so that a resumed training goes on as if never interrupted.
+
+    Args:
+        optimizer: whose learning rate is set.
+        initial_lr: the highest learning rate.
+        max_steps: number of epochs.
+        warmup_epochs: length of the rise; at most ``max_steps // 10``.
+    """
+
+    def __init__(
+        self, optimizer: torch.optim.Optimizer, initial_lr: float, max_steps: int, warmup_epochs: int = 0
+    ) -> None:
+        self.warmup_epochs = min(warmup_epochs, max_steps // 10)
+        super().__init__(optimizer, initial_lr, max_steps)
+
+    def step(self, current_step: int | None = None) -> None:
+        super().step(current_step)
+        epoch = self.ctr - 1 if current_step is None or current_step == -1 else current_step
+        if epoch < self.warmup_epochs:
+            for group in self.optimizer.param_groups:
+                group["lr"] *= (epoch + 1) / (self.warmup_epochs + 1)
+            self._last_lr = [group["lr"] for group in self.optimizer.param_groups]

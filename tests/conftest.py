@@ -1,0 +1,89 @@
+"""Fixtures that several test modules share: the environment of nnU-Net, and one small dataset made with its commands."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+EXT_TRAINERS = ROOT / "tests" / "ext_trainers"
+
+#: Usable CPU runs: docs/demo.md says what each is for.
+CPU_ENVIRONMENT = {"OMP_WAIT_POLICY": "PASSIVE", "nnUNet_n_proc_DA": "0", "nnUNet_def_n_proc": "1"}
+FOLDERS = ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")
+
+
+def clean_environment(**extra: str) -> dict[str, str]:
+    """This process's environment without anything of nnU-Net, so that only what a test sets is there."""
+    kept = {k: v for k, v in os.environ.items() if not k.lower().startswith(("nnunet", "pythonpath"))}
+    return kept | extra
+
+
+def run(*command: str | Path, environment: dict[str, str], check: bool = True, timeout: int = 600):
+    """Run a console command of this Python environment."""
+    name, *arguments = (str(c) for c in command)
+    executable = Path(sys.executable).parent / name
+    finished = subprocess.run(
+        [str(executable if executable.exists() else name), *arguments], env=environment, capture_output=True,
+        text=True, timeout=timeout, check=False,
+    )  # fmt: skip
+    if check and finished.returncode:
+        pytest.fail(f"{' '.join([name, *arguments])} ended with {finished.returncode}:\n"
+                    f"{finished.stdout[-3000:]}\n{finished.stderr[-5000:]}")  # fmt: skip
+    return finished
+
+
+@dataclass(frozen=True)
+class Workspace:
+    """nnU-Net's folders with a planned and preprocessed phantom dataset."""
+
+    root: Path
+    number: int
+    name: str
+
+    @property
+    def dataset(self) -> str:
+        return f"Dataset{self.number:03d}_{self.name}"
+
+    @property
+    def raw(self) -> Path:
+        return self.root / "nnUNet_raw" / self.dataset
+
+    @property
+    def preprocessed(self) -> Path:
+        return self.root / "nnUNet_preprocessed" / self.dataset
+
+    def environment(self, **extra: str) -> dict[str, str]:
+        folders = {name: str(self.root / name) for name in FOLDERS}
+        return clean_environment() | folders | CPU_ENVIRONMENT | extra
+
+    def run(self, *command: str | Path, check: bool = True, **extra: str):
+        return run(*command, environment=self.environment(**extra), check=check)
+
+
+#: Sizes with which a step takes a fraction of a second.
+TINY = ("--patch-size", "32", "32", "32", "--n-stages", "3", "--features", "2", "4", "4")
+
+
+@pytest.fixture(scope="session")
+def workspace(tmp_path_factory) -> Workspace:
+    """Six phantom patients, converted, planned and preprocessed with the commands that a user types."""
+    from nnunet_h2a.phantom import write_autopet
+
+    root = tmp_path_factory.mktemp("nnunet")
+    for folder in FOLDERS:
+        (root / folder).mkdir()
+    studies = write_autopet(root / "phantom", patients=6, seed=1, second_study_every=0)
+    space = Workspace(root, 711, "Phantom")
+    space.run("h2a_convert_autopet", "-i", root / "phantom", "-d", "711", "--name", "Phantom",
+              "--test", studies[-1].parent.name)  # fmt: skip
+    space.run("nnUNetv2_plan_and_preprocess", "-d", "711", "-c", "3d_fullres", "--verify_dataset_integrity",
+              "-npfp", "1", "-np", "1", nnUNet_n_proc_DA="1")  # fmt: skip
+    space.run("h2a_plan", "-d", "711", *TINY)
+    space.run("h2a_plan", "-d", "711", "--network", "stock", *TINY, "-o", "nnUNetTinyPlans")
+    return space

@@ -1,0 +1,485 @@
+"""``h2a_convert_sts`` on the real patients and on synthetic ones with the collection's traps."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pydicom
+import pytest
+import SimpleITK as sitk
+
+from dataset_conversion.sts import main
+from tests.conversion.data import needs, shared_data
+from tests.conversion.synthetic_dicom import DELETE, DOSE_BQ, Patient, Study, pet_header, write_rtstruct, write_series
+
+MODALITY = {"ct": "CT", "pet": "PET"}
+ONE_HOUR = 70_000.0 / DOSE_BQ * 2 ** (3600 / 6586.2)
+
+
+@pytest.fixture()
+def raw(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    folder = tmp_path / "nnUNet_raw"
+    monkeypatch.setenv("nnUNet_raw", str(folder))
+    for name in ("nnUNet_preprocessed", "nnUNet_results"):
+        monkeypatch.delenv(name, raising=False)
+    return folder
+
+
+@pytest.fixture()
+def source(tmp_path: Path) -> Path:
+    folder = tmp_path / "source"
+    folder.mkdir()
+    return folder
+
+
+def convert(source: Path, *flags: str) -> int:
+    return main(["-i", str(source), "-d", "501", "-np", "1", *flags])
+
+
+def load(raw: Path, case: str, folder: str = "Dataset501_STS", kind: str = "Tr") -> tuple[sitk.Image, ...]:
+    base = raw / folder
+    names = (f"images{kind}/{case}_0000", f"images{kind}/{case}_0001", f"labels{kind}/{case}")
+    return tuple(sitk.ReadImage(str(base / f"{name}.nii.gz")) for name in names)
+
+
+def report(raw: Path) -> dict:
+    return json.loads((raw / "Dataset501_STS" / "conversion_report.json").read_text())
+
+
+def dice(first: np.ndarray, second: np.ndarray) -> float:
+    return 2 * float((first & second).sum()) / float(first.sum() + second.sum())
+
+
+def onto(image: sitk.Image, grid: sitk.Image, how: int) -> np.ndarray:
+    return sitk.GetArrayFromImage(sitk.Resample(image, grid, sitk.Transform(), how, 0.0))
+
+
+@pytest.mark.parametrize("grid", ["ct", "pet"])
+@needs("sts")
+def test_real_patients_against_independent_nifti(raw: Path, grid: str) -> None:
+    assert convert(shared_data() / "sts", "--grid", grid) == 0
+    for patient in ("STS_001", "STS_002"):
+        ct, pet, label = load(raw, patient)
+        folder = shared_data() / "sts" / patient
+        mask = sitk.ReadImage(str(folder / MODALITY[grid] / "nifti" / "mask" / "mask.nii.gz"))
+        truth = onto(mask, label, sitk.sitkNearestNeighbor) > 0
+        assert truth.sum() == (sitk.GetArrayFromImage(mask) > 0).sum()
+        assert dice(sitk.GetArrayFromImage(label) > 0, truth) >= 0.99
+        for image, name in ((ct, "CT"), (pet, "PET")):
+            reference = sitk.ReadImage(str(folder / name / "nifti" / "image" / "image.nii.gz"), sitk.sitkFloat64)
+            expected = onto(reference, image, sitk.sitkLinear)
+            inside = onto(reference * 0 + 1, image, sitk.sitkNearestNeighbor) > 0
+            inside &= np.abs(expected) > (0.1 if name == "PET" else 1.0)
+            assert inside.mean() > 0.3
+            np.testing.assert_allclose(sitk.GetArrayFromImage(image)[inside], expected[inside], rtol=1e-3)
+        assert ct.GetDirection() == pet.GetDirection() == label.GetDirection() == (1, 0, 0, 0, 1, 0, 0, 0, 1)
+        assert (ct.GetPixelID(), pet.GetPixelID(), label.GetPixelID()) == (
+            sitk.sitkFloat32,
+            sitk.sitkFloat32,
+            sitk.sitkUInt8,
+        )
+    splits = json.loads((raw / "Dataset501_STS" / "splits_final.json").read_text())
+    assert splits == [{"train": ["STS_002"], "val": ["STS_001"]}, {"train": ["STS_001"], "val": ["STS_002"]}]
+
+
+@needs("sts")
+def test_real_patients_in_one_flat_folder_with_foreign_files(raw: Path, source: Path) -> None:
+    files = sorted((shared_data() / "sts").rglob("*.dcm"))
+    for index, path in enumerate(files):
+        shutil.copyfile(path, source / f"{(index * 7919) % 100003:06d}")
+    (source / "notes.txt").write_text("not an image")
+    (source / "table.csv").write_bytes(b"")
+    (source / "scan.nii.gz").write_bytes(b"\x1f\x8b garbage")
+    assert len({path.name for path in source.iterdir()}) == len(files) + 3
+    assert convert(source) == 0
+    flat = {case: [sitk.GetArrayFromImage(image) for image in load(raw, case)] for case in ("STS_001", "STS_002")}
+    assert main(["-i", str(shared_data() / "sts"), "-d", "502", "-np", "1"]) == 0
+    for case, arrays in flat.items():
+        for array, image in zip(arrays, load(raw, case, "Dataset502_STS"), strict=True):
+            np.testing.assert_array_equal(array, sitk.GetArrayFromImage(image))
+
+
+@needs("sts")
+def test_nnunet_accepts_the_dataset(raw: Path) -> None:
+    from nnunetv2.experiment_planning.verify_dataset_integrity import verify_dataset_integrity
+
+    assert convert(shared_data() / "sts", "--grid", "pet") == 0
+    verify_dataset_integrity(str(raw / "Dataset501_STS"), 1)
+    content = json.loads((raw / "Dataset501_STS" / "dataset.json").read_text())
+    assert content["channel_names"] == {"0": "CT", "1": "PET"}
+    assert content["h2a_modalities"] == ["CT", "PET"]
+    assert content["labels"] == {"background": 0, "tumor": 1}
+    assert (content["numTraining"], content["file_ending"]) == (2, ".nii.gz")
+
+
+@pytest.mark.parametrize("reference", ["real", "foreign", "none"])
+def test_geometry_and_suv_of_a_synthetic_patient(raw: Path, source: Path, reference: str) -> None:
+    patient = Patient(source, "STS_100")
+    ct, pet = patient.write_ct(), patient.write_pet(slopes=[0.5 + 0.1 * index for index in range(12)])
+    for name, drawn_on in (("CT", ct), ("PET", pet)):
+        rois = {f"GTV_Mass_{name}": patient.ball()}
+        write_rtstruct(source / f"{name}.dcm", patient.study, drawn_on, rois, reference=reference)
+    assert convert(source) == 0
+    ct_image, pet_image, label = load(raw, "STS_100")
+    assert label.GetSize() == (40, 36, 12)
+    assert label.GetSpacing() == pytest.approx((2, 2, 4))
+    np.testing.assert_array_equal(sitk.GetArrayFromImage(ct_image), patient.ct_values())
+    assert dice(sitk.GetArrayFromImage(label) > 0, patient.expected((40, 36, 12), 2.0, 0.0)) >= 0.99
+    z, y, x = np.mgrid[0:12, 0:36, 0:40]
+    linear = 1000 + 40 * (2 * x - 1) / 4 + 30 * (2 * y - 1) / 4 + 20 * z
+    inside = (slice(None), slice(1, 35), slice(1, 39))
+    np.testing.assert_allclose(sitk.GetArrayFromImage(pet_image)[inside], linear[inside] * ONE_HOUR, rtol=1e-3)
+
+
+def test_pet_grid_resamples_ct_and_keeps_pet(raw: Path, source: Path) -> None:
+    patient = Patient(source, "STS_100").write()
+    assert convert(source, "--grid", "pet") == 0
+    ct_image, pet_image, label = load(raw, "STS_100")
+    assert pet_image.GetSize() == (20, 18, 12)
+    np.testing.assert_allclose(sitk.GetArrayFromImage(pet_image), patient.pet_values() * ONE_HOUR, rtol=1e-6)
+    assert dice(sitk.GetArrayFromImage(label) > 0, patient.expected((20, 18, 12), 4.0, 1.0)) >= 0.97
+    z, y, x = np.mgrid[0:12, 0:18, 0:20]
+    np.testing.assert_allclose(
+        sitk.GetArrayFromImage(ct_image), (4 * x + 1) / 2 * 3 + (4 * y + 1) / 2 * 2 + z - 100, atol=1e-3
+    )
+
+
+def test_outside_the_pet_is_zero_and_outside_the_ct_minus_1024(raw: Path, source: Path) -> None:
+    patient = Patient(source, "STS_100")
+    ct = patient.write_ct(values=patient.ct_values()[:, :30])
+    pet = patient.write_pet(values=patient.pet_values()[:, :, 5:], origin=(21.0, 1.0, 0.0))
+    write_rtstruct(source / "a.dcm", patient.study, ct, {"GTV_Mass": patient.ball(0.6)}, description="RTstructCT")
+    write_rtstruct(source / "b.dcm", patient.study, pet, {"GTV_Mass": patient.ball(0.6)}, description="RTstructPET")
+    assert convert(source) == 0
+    assert (sitk.GetArrayFromImage(load(raw, "STS_100")[1])[:, :, :9] == 0).all()
+    assert main(["-i", str(source), "-d", "502", "-np", "1", "--grid", "pet"]) == 0
+    assert (sitk.GetArrayFromImage(load(raw, "STS_100", "Dataset502_STS")[0])[:, 15:] == -1024).all()
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize(
+    ("mass", "other"),
+    [("GTV_Mass", "GTV_Edema"), ("GTV_Research", "GTV_Res+edema"), ("gtv mass", "GTV_Mass_Oedema"), ("GTV_Mass", "GTV")],
+)
+def test_tumour_is_chosen_by_name(raw: Path, source: Path, mass: str, other: str, reverse: bool) -> None:
+    patient = Patient(source, "STS_036")
+    ct = patient.write_ct()
+    patient.write_pet()
+    rois = {other: patient.ball(1.5, 2.0), mass: patient.ball()}
+    write_rtstruct(
+        source / "rt.dcm", patient.study, ct, rois, description="RTstructCT", reverse_contours=reverse
+    )
+    assert convert(source) == 0
+    label = sitk.GetArrayFromImage(load(raw, "STS_036")[2]) > 0
+    assert dice(label, patient.expected((40, 36, 12), 2.0, 0.0)) >= 0.99
+
+
+def test_only_pet_contours_on_the_ct_grid(raw: Path, source: Path) -> None:
+    patient = Patient(source, "STS_100")
+    patient.write_ct()
+    pet = patient.write_pet()
+    write_rtstruct(source / "rt.dcm", patient.study, pet, {"GTV_Mass": patient.ball()}, description="RTstructPET")
+    assert convert(source) == 0
+    label = sitk.GetArrayFromImage(load(raw, "STS_100")[2]) > 0
+    assert label.shape == (12, 36, 40)
+    assert dice(label, patient.expected((40, 36, 12), 2.0, 0.0)) >= 0.9
+    assert any("drawn on the PET" in text for text in report(raw)["cases"]["STS_100"]["warnings"])
+
+
+def test_of_two_pet_series_the_contoured_one_is_taken(raw: Path, source: Path) -> None:
+    patient = Patient(source, "STS_100")
+    patient.write_pet(folder=source / "a", values=patient.pet_values() * 3, description="LEGS2DAC")
+    ct, pet = patient.write_ct(), patient.write_pet(folder=source / "b")
+    rois = {"GTV_Mass": patient.ball()}
+    write_rtstruct(source / "ct.dcm", patient.study, ct, rois, description="RTstructCT")
+    write_rtstruct(source / "pet.dcm", patient.study, pet, rois, description="RTstruct_PET")
+    for dataset, grid in (("501", "ct"), ("502", "pet")):
+        assert main(["-i", str(source), "-d", dataset, "-np", "1", "--grid", grid]) == 0
+        highest = sitk.GetArrayFromImage(load(raw, "STS_100", f"Dataset{dataset}_STS")[1]).max()
+        assert highest == pytest.approx(patient.pet_values().max() * ONE_HOUR, rel=0.05)
+
+
+def test_pet_without_attenuation_correction_is_left_out(raw: Path, source: Path) -> None:
+    patient = Patient(source, "STS_100").write()
+    patient.write_pet(folder=source / "nac", values=patient.pet_values() * 3, CorrectedImage=["DECY", "SCAT"])
+    assert convert(source) == 0
+    pet = sitk.GetArrayFromImage(load(raw, "STS_100")[1])
+    assert pet.max() == pytest.approx(patient.pet_values().max() * ONE_HOUR, rel=0.05)
+
+
+def write_mr(patient: Patient, description: str) -> list[Path]:
+    values = np.round(np.random.default_rng(1).random((12, 18, 20)) * 100)
+    return write_series(
+        patient.folder / description, patient.study, "MR", values, (4.0, 4.0, 4.0), (1.0, 1.0, 0.0), description=description
+    )
+
+
+@pytest.mark.parametrize("keep_mr", [True, False])
+@pytest.mark.parametrize("description", ["RTstructT1", "RTstruct_T2FS", "RTstructAlignedT1toPET", "RTstructAlignedTtoPET"])
+def test_mr_contours_only_are_refused(
+    raw: Path, source: Path, capsys: pytest.CaptureFixture[str], description: str, keep_mr: bool
+) -> None:
+    Patient(source / "good", "STS_001").write()
+    patient = Patient(source / "bad", "STS_002")
+    patient.write_ct(), patient.write_pet()
+    mr = write_mr(patient, "AlignedT1toPETBOX")
+    write_rtstruct(source / "mr.dcm", patient.study, mr, {"GTV_Mass": patient.ball()}, description=description)
+    if not keep_mr:
+        for path in mr:
+            path.unlink()
+    assert convert(source) == 1
+    line = next(text for text in capsys.readouterr().err.splitlines() if "STS_002" in text)
+    assert "MR" in line
+    assert (raw / "Dataset501_STS" / "labelsTr" / "STS_001.nii.gz").is_file()
+
+
+def test_mr_contours_beside_those_on_pet_are_ignored(raw: Path, source: Path) -> None:
+    patient = Patient(source, "STS_001").write()
+    mr = write_mr(patient, "AlignedT1toPETBOX")
+    contours = {"GTV_Mass": patient.ball(0.5)}
+    write_rtstruct(source / "mr.dcm", patient.study, mr, contours, description="RTstructAlignedT1toPET")
+    assert convert(source, "--grid", "pet") == 0
+    label = sitk.GetArrayFromImage(load(raw, "STS_001")[2]) > 0
+    assert dice(label, patient.expected((20, 18, 12), 4.0, 1.0)) >= 0.97
+
+
+def edit(path: Path, **tags: object) -> None:
+    dataset = pydicom.dcmread(path)
+    for keyword, value in tags.items():
+        if value is DELETE:
+            del dataset[keyword]
+        else:
+            setattr(dataset, keyword, value)
+    dataset.save_as(path)
+
+
+def _missing_weight(patient: Patient) -> None:
+    for path in (patient.folder / "pet").iterdir():
+        edit(path, PatientWeight=None)
+
+
+def _missing_slice(patient: Patient) -> None:
+    files = {float(pydicom.dcmread(p).ImagePositionPatient[2]): p for p in (patient.folder / "ct").iterdir()}
+    files[16.0].unlink()
+
+
+def _no_ct(patient: Patient) -> None:
+    shutil.rmtree(patient.folder / "ct")
+
+
+def _no_pet(patient: Patient) -> None:
+    shutil.rmtree(patient.folder / "pet")
+
+
+def _no_rtstruct(patient: Patient) -> None:
+    shutil.rmtree(patient.folder / "rt")
+
+
+def _dynamic(patient: Patient) -> None:
+    shutil.rmtree(patient.folder / "pet")
+    values = np.concatenate([patient.pet_values(), patient.pet_values()])
+    patient.write_pet(values=values, heights=[4.0 * (index % 12) for index in range(24)])
+
+
+def _gantry_tilt(patient: Patient) -> None:
+    for path in (patient.folder / "ct").iterdir():
+        x, y, z = pydicom.dcmread(path).ImagePositionPatient
+        edit(path, ImagePositionPatient=[x, y + 0.2 * z, z])
+
+
+def _mixed_orientation(patient: Patient) -> None:
+    edit(next((patient.folder / "ct").iterdir()), ImageOrientationPatient=[1, 0, 0, 0, 0, -1])
+
+
+def _irregular(patient: Patient) -> None:
+    shutil.rmtree(patient.folder / "pet")
+    patient.write_pet(heights=[4.0 * index + (1.0 if index % 2 else 0.0) for index in range(12)])
+
+
+def _multi_frame(patient: Patient) -> None:
+    edit(next((patient.folder / "pet").iterdir()), NumberOfFrames=12)
+
+
+def _truncated(patient: Patient) -> None:
+    path = next((patient.folder / "ct").iterdir())
+    path.write_bytes(path.read_bytes()[:-500])
+
+
+def _other_units(patient: Patient) -> None:
+    for path in (patient.folder / "pet").iterdir():
+        edit(path, Units="PROPCPS")
+
+
+def _second_rtstruct(patient: Patient) -> None:
+    shutil.copyfile(patient.folder / "rt" / "ct.dcm", patient.folder / "rt" / "copy.dcm")
+    edit(patient.folder / "rt" / "copy.dcm", SOPInstanceUID="1.2.3.5")
+
+
+def _no_mass_roi(patient: Patient) -> None:
+    for path in (patient.folder / "rt").iterdir():
+        dataset = pydicom.dcmread(path)
+        dataset.StructureSetROISequence[0].ROIName = "Bladder"
+        dataset.save_as(path)
+
+
+def _empty_roi(patient: Patient) -> None:
+    for path in (patient.folder / "rt").iterdir():
+        dataset = pydicom.dcmread(path)
+        del dataset.ROIContourSequence[0]
+        dataset.save_as(path)
+
+
+def _other_frame(patient: Patient) -> None:
+    other = Study(patient.study.patient)
+    other.study_uid = patient.study.study_uid
+    shutil.rmtree(patient.folder / "rt")
+    ct = sorted((patient.folder / "ct").iterdir())
+    write_rtstruct(patient.folder / "rt" / "a.dcm", other, ct, {"GTV_Mass": patient.ball()}, reference="foreign")
+
+
+def _second_ct(patient: Patient) -> None:
+    shutil.rmtree(patient.folder / "rt")
+    patient.write_ct(folder=patient.folder / "ct2")
+    pet = sorted(
+        (patient.folder / "pet").iterdir(), key=lambda p: float(pydicom.dcmread(p).ImagePositionPatient[2])
+    )
+    write_rtstruct(patient.folder / "rt" / "a.dcm", patient.study, pet, {"GTV_Mass": patient.ball()})
+
+
+DAMAGES = {
+    "weight": (_missing_weight, "(0010,1030)"),
+    "slice": (_missing_slice, "gap of 8.00 mm"),
+    "ct": (_no_ct, "no CT series"),
+    "pet": (_no_pet, "no PET series"),
+    "rtstruct": (_no_rtstruct, "no RTSTRUCT"),
+    "dynamic": (_dynamic, "several slices at one position"),
+    "tilt": (_gantry_tilt, "gantry tilt"),
+    "orientation": (_mixed_orientation, "mixes orientations"),
+    "irregular": (_irregular, "irregularly spaced"),
+    "multi-frame": (_multi_frame, "multi-frame"),
+    "truncated": (_truncated, "pixels cannot be read"),
+    "units": (_other_units, "(0054,1001)"),
+    "rtstructs": (_second_rtstruct, "2 RTSTRUCTs"),
+    "names": (_no_mass_roi, "no tumour ROI"),
+    "empty": (_empty_roi, "has no contours"),
+    "frame": (_other_frame, "frame of reference"),
+    "two ct": (_second_ct, "2 CT series"),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGES)
+def test_a_damaged_patient_is_refused_and_the_rest_goes_on(
+    raw: Path, source: Path, capfd: pytest.CaptureFixture[str], name: str
+) -> None:
+    damage, reason = DAMAGES[name]
+    Patient(source / "good", "STS_001").write()
+    damage(Patient(source / "bad", "STS_002").write())
+    assert convert(source) == 1
+    streams = capfd.readouterr()
+    lines = [line for line in streams.err.splitlines() if line.startswith("refused")]
+    assert len(lines) == 1
+    assert "STS_002" in lines[0]
+    assert reason in lines[0]
+    assert "Traceback" not in streams.err + streams.out
+    assert sorted(path.name for path in (raw / "Dataset501_STS").rglob("*.nii.gz")) == [
+        "STS_001.nii.gz",
+        "STS_001_0000.nii.gz",
+        "STS_001_0001.nii.gz",
+    ]
+    assert [item["subject"] for item in report(raw)["refused"]] == ["STS_002"]
+    assert sorted(path.name for path in raw.iterdir()) == ["Dataset501_STS"]
+
+
+def test_nothing_convertible_writes_nothing(raw: Path, source: Path) -> None:
+    _missing_weight(Patient(source, "STS_002").write())
+    assert convert(source) == 2
+    assert not (raw / "Dataset501_STS").exists()
+
+
+def test_irregular_spacing_within_tolerance_is_measured(raw: Path, source: Path) -> None:
+    patient = Patient(source, "STS_001")
+    heights = [4.0 * index + (0.04 if index % 2 else 0.0) for index in range(12)]
+    ct = patient.write_ct(heights=heights)
+    patient.write_pet()
+    write_rtstruct(source / "a.dcm", patient.study, ct, {"GTV_Mass": patient.ball()}, description="RTstructCT")
+    assert convert(source) == 0
+    assert load(raw, "STS_001")[0].GetSpacing()[2] == pytest.approx(heights[-1] / 11, abs=1e-4)
+    assert any("slice gaps" in text for text in report(raw)["cases"]["STS_001"]["warnings"])
+
+
+@pytest.mark.parametrize("orientation", [(-1, 0, 0, 0, -1, 0), (1, 0, 0, 0, -1, 0), (0, 1, 0, -1, 0, 0)])
+def test_all_cases_get_one_orientation(raw: Path, source: Path, orientation: tuple[int, ...]) -> None:
+    """A flipped series is turned to the identity direction, so that nnU-Net, which ignores it, sees the same body."""
+    Patient(source / "plain", "STS_001").write()
+    patient = Patient(source / "turned", "STS_002")
+    row, column = np.array(orientation[:3]), np.array(orientation[3:])
+    axes = np.stack([row, column, np.cross(row, column)])
+    to_index = np.linalg.inv(axes.T)
+    corners = np.array([[0, 0, 0], [78, 70, 44]], float) @ to_index.T
+    low, high = corners.min(axis=0), corners.max(axis=0)
+    size = np.round((high - low) / (np.abs(to_index) @ [2, 2, 4])).astype(int) + 1
+    spacing = np.abs(to_index) @ [2.0, 2.0, 4.0]
+    index = np.stack(np.meshgrid(*[np.arange(n) for n in size], indexing="ij"), axis=-1)
+    world = (low + index * spacing) @ axes
+    values = (world[..., 0] * 1.5 + world[..., 1] + world[..., 2] / 4 - 100).round().transpose(2, 1, 0)
+    ct = write_series(
+        source / "ct", patient.study, "CT", values, tuple(spacing), tuple(low @ axes), orientation=orientation
+    )
+    patient.write_pet()
+    heights = {round(float(pydicom.dcmread(p).ImagePositionPatient[2])): i for i, p in enumerate(ct)}
+    ball = {heights[4 * slice_index]: contours for slice_index, contours in patient.ball().items()}
+    write_rtstruct(source / "rt.dcm", patient.study, ct, {"GTV_Mass": ball}, description="RTstructCT")
+    assert convert(source) == 0
+    for image, expected in zip(load(raw, "STS_002"), load(raw, "STS_001"), strict=True):
+        assert image.GetDirection() == (1, 0, 0, 0, 1, 0, 0, 0, 1)
+        assert image.GetSize() == expected.GetSize()
+        assert image.GetOrigin() == pytest.approx(expected.GetOrigin(), abs=1e-4)
+        np.testing.assert_allclose(sitk.GetArrayFromImage(image), sitk.GetArrayFromImage(expected), atol=1e-4)
+
+
+def test_patient_id_missing(raw: Path, source: Path) -> None:
+    Patient(source / "one", "STS_001").write()
+    Patient(source / "two", "STS_002").write()
+    for folder in ("one", "two"):
+        for path in (source / folder).rglob("*.dcm"):
+            edit(path, PatientID="", PatientName="")
+    assert convert(source) == 0
+    assert sorted(report(raw)["cases"]) == ["one", "two"]
+
+
+def test_dicom_without_preamble(raw: Path, source: Path) -> None:
+    Patient(source, "STS_001").write()
+    for path in source.rglob("*.dcm"):
+        dataset = pydicom.dcmread(path)
+        del dataset.file_meta
+        dataset.preamble = None
+        dataset.save_as(path, implicit_vr=True, little_endian=True, enforce_file_format=False)
+        assert path.read_bytes()[128:132] != b"DICM"
+    assert convert(source) == 0
+
+
+def test_roi_flag(raw: Path, source: Path) -> None:
+    patient = Patient(source, "STS_001").write()
+    assert convert(source, "--roi", "GTV_Edema") == 0
+    label = sitk.GetArrayFromImage(load(raw, "STS_001")[2]) > 0
+    assert dice(label, patient.expected((40, 36, 12), 2.0, 0.0, 1.5)) >= 0.99
+
+
+def test_dry_run_writes_nothing(raw: Path, source: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Patient(source / "good", "STS_001").write()
+    _missing_weight(Patient(source / "bad", "STS_002").write())
+    assert convert(source, "--dry-run") == 1
+    streams = capsys.readouterr()
+    assert "STS_001" in streams.out
+    assert "(0010,1030)" in streams.err
+    assert not raw.exists()
+
+
+def test_headers_helper_is_what_the_suv_tests_use() -> None:
+    """The factor expected above is the one of the synthetic header."""
+    from dataset_conversion.suv import suvbw_scale_factors
+
+    assert suvbw_scale_factors([pet_header()]) == pytest.approx([ONE_HOUR], rel=1e-9)

@@ -1,0 +1,150 @@
+"""h2a_plan: plans that nnU-Net's own builder turns into our network."""
+
+from __future__ import annotations
+
+import copy
+import json
+
+import pytest
+from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
+from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+
+from nnunet_h2a.command import CommandError
+from nnunet_h2a.networks import H2ASeg
+from nnunet_h2a.planning.plan import main, make_plans
+
+
+@pytest.fixture
+def preprocessed(workspace, tmp_path, monkeypatch):
+    """A copy of the phantom's plans that a test may spoil."""
+    folder = tmp_path / "nnUNet_preprocessed" / workspace.dataset
+    folder.mkdir(parents=True)
+    for name in ("nnUNetPlans.json", "dataset.json"):
+        (folder / name).write_bytes((workspace.preprocessed / name).read_bytes())
+    monkeypatch.setenv("nnUNet_preprocessed", str(folder.parent))
+    return folder
+
+
+def build(plans, configuration, num_classes=2):
+    configuration = PlansManager(plans).get_configuration(configuration)
+    return configuration, get_network_from_plans(
+        configuration.network_arch_class_name, configuration.network_arch_init_kwargs,
+        configuration.network_arch_init_kwargs_req_import, 2, num_classes, deep_supervision=True,
+    )  # fmt: skip
+
+
+def test_defaults_keep_the_patch_and_take_the_papers_widths(preprocessed, capsys):
+    assert main(["-d", "711"]) == 0
+    plans = json.loads((preprocessed / "nnUNetH2ASegPlans.json").read_text())
+    base = json.loads((preprocessed / "nnUNetPlans.json").read_text())
+    assert plans["plans_name"] == "nnUNetH2ASegPlans"
+    for key in ("2d", "3d_fullres"):
+        ours, theirs = plans["configurations"][key], base["configurations"][key]
+        for same in ("patch_size", "batch_size", "data_identifier", "normalization_schemes", "spacing"):
+            assert ours[same] == theirs[same]
+        configuration, network = build(plans, key)
+        assert isinstance(network, H2ASeg)
+        stages = len(theirs["architecture"]["arch_kwargs"]["strides"])
+        assert network.encoder.output_channels == [min(8 * 2**k, 128) for k in range(stages)]
+        assert network.patch_size == tuple(theirs["patch_size"])
+        network.compute_conv_feature_map_size(configuration.patch_size)
+    printed = capsys.readouterr().out
+    assert "nnUNetv2_train 711 2d 0 -p nnUNetH2ASegPlans\n" in printed
+    assert "-tr nnUNetTrainerH2ASeg" in printed
+
+
+def test_sizes_by_hand(preprocessed):
+    arguments = ["-d", preprocessed.name, "-c", "3d_fullres", "--patch-size", "40", "32", "48", "--batch-size", "3",
+                 "--n-stages", "3", "--features", "2", "4", "6", "-o", "Mine"]  # fmt: skip
+    assert main(arguments) == 0
+    plans = json.loads((preprocessed / "Mine.json").read_text())
+    assert list(plans["configurations"]) == ["3d_fullres"]
+    configuration, network = build(plans, "3d_fullres")
+    assert (configuration.patch_size, configuration.batch_size) == ([40, 32, 48], 3)
+    assert network.encoder.output_channels == [2, 4, 6]
+    assert len(network.decoder.seg_layers) == 3
+
+
+def test_the_stock_network_can_be_sized_alike(preprocessed):
+    arguments = ["-d", "711", "--network", "stock", "--patch-size", "32", "32", "32", "--n-stages", "3",
+                 "--features", "4", "8", "16", "-o", "Small"]  # fmt: skip
+    assert main(arguments) == 0
+    _, network = build(json.loads((preprocessed / "Small.json").read_text()), "3d_fullres")
+    assert type(network).__name__ == "PlainConvUNet"
+    assert network.encoder.output_channels == [4, 8, 16]
+
+
+def test_a_patch_that_does_not_divide_is_raised_and_said_so(preprocessed, capsys):
+    assert main(["-d", "711", "-c", "3d_fullres", "--patch-size", "30", "32", "32"]) == 0
+    printed = capsys.readouterr().out
+    patch = json.loads((preprocessed / "nnUNetH2ASegPlans.json").read_text())["configurations"]["3d_fullres"]["patch_size"]
+    assert patch != [30, 32, 32]
+    assert f"[30, 32, 32] becomes {patch}" in printed
+
+
+def test_channels_regions_and_cascade(preprocessed):
+    base = json.loads((preprocessed / "nnUNetPlans.json").read_text())
+    lowres = copy.deepcopy(base["configurations"]["3d_fullres"]) | {"next_stage": "3d_cascade_fullres"}
+    base["configurations"] |= {
+        "3d_lowres": lowres,
+        "3d_cascade_fullres": {"inherits_from": "3d_fullres", "previous_stage": "3d_lowres"},
+    }
+    dataset_json = {
+        "channel_names": {"0": "CT", "1": "CT"}, "h2a_modalities": ["PET", "CT"],
+        "labels": {"background": 0, "whole": [1, 2], "core": 2},
+    }  # fmt: skip
+    plans = make_plans(base, dataset_json, network="H2ASeg", plans_name="P", configurations=["3d_cascade_fullres"])
+    assert set(plans["configurations"]) == {"3d_cascade_fullres", "3d_fullres", "3d_lowres"}
+    _, network = build(plans, "3d_cascade_fullres")
+    assert (network.ct_channel, network.pet_channel) == (1, 0)
+    assert network.decoder.independent_classes
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["-d", "712"], "nnUNetv2_plan_and_preprocess -d 712"),
+        (["-d", "711", "-p", "Missing"], "Missing.json does not exist"),
+        (["-d", "711", "-c", "3d_lowres"], "no configuration 3d_lowres; they have"),
+        (["-d", "711", "-c", "2d", "--patch-size", "32", "32", "32"], "configuration 2d has 2 axes"),
+        (["-d", "711", "--patch-size", "32"], "no configuration of the plans has 1 axes"),
+        (["-d", "711", "-c", "3d_fullres", "--n-stages", "9"], "allows 3 to"),
+        (["-d", "711", "-c", "3d_fullres", "--n-stages", "2"], "allows 3 to"),
+        (["-d", "711", "-c", "3d_fullres", "--features", "4", "8"], "--features: configuration 3d_fullres has"),
+        (["-d", "711", "-o", "nnUNetPlans"], "would overwrite"),
+        (["-d", "711", "-o", "a__b"], "single underscores"),
+    ],
+)
+def test_bad_input_is_one_line_and_writes_nothing(preprocessed, capsys, arguments, message):
+    before = sorted(preprocessed.iterdir())
+    assert main(arguments) == 2
+    captured = capsys.readouterr()
+    assert captured.err.startswith("error: ")
+    assert captured.err.count("\n") == 1
+    assert message in captured.err
+    assert sorted(preprocessed.iterdir()) == before
+
+
+def test_folder_not_set(preprocessed, monkeypatch, capsys):
+    monkeypatch.delenv("nnUNet_preprocessed")
+    assert main(["-d", "711"]) == 2
+    assert "export nnUNet_preprocessed=" in capsys.readouterr().err
+
+
+def test_a_dataset_that_is_not_pet_ct(preprocessed, capsys):
+    dataset_json = json.loads((preprocessed / "dataset.json").read_text()) | {"h2a_modalities": ["CT", "CT"]}
+    (preprocessed / "dataset.json").write_text(json.dumps(dataset_json))
+    assert main(["-d", "711"]) == 2
+    assert "h2a_modalities is ['CT', 'CT']" in capsys.readouterr().err
+
+
+def test_plans_that_are_not_json(preprocessed, capsys):
+    (preprocessed / "nnUNetPlans.json").write_text("{")
+    assert main(["-d", "711"]) == 2
+    assert "is not JSON" in capsys.readouterr().err
+
+
+def test_command_error_is_for_bad_values_in_python_too(preprocessed):
+    base = json.loads((preprocessed / "nnUNetPlans.json").read_text())
+    with pytest.raises(CommandError):
+        make_plans(base, {}, network="H2ASeg", plans_name="P", configurations=["nothing"])
