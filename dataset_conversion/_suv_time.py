@@ -194,8 +194,9 @@ def _series_time(headers: SeriesHeaders, earliest: datetime, notes: Notes) -> da
         notes.warn(f"{tag_label('SeriesDate')} is missing; the acquisition date was taken")
         return _nearest_day(datetime(earliest.year, earliest.month, earliest.day) + since_midnight, earliest)
     moment = parse_date(day, tag_label("SeriesDate")) + since_midnight
-    if abs(moment - earliest) > _DAY:
-        # Dates shifted tag by tag on de-identification: only the clock times can be compared.
+    if earliest - moment > _DAY / 2:
+        # No scan starts half a day before its first bed: dates were shifted tag by tag on de-identification, and only
+        # the clock times can be compared. (A much later series time is real: images are often made again.)
         notes.warn(
             f"{tag_label('SeriesDate')} {day} and the acquisition date {earliest:%Y%m%d} do not belong together; "
             "only the times of day were compared"

@@ -14,8 +14,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dataset_conversion.cases import Case, CaseWriter, Discovery, Recipe, Refusal
 from dataset_conversion.command import build_parser, execute
-from dataset_conversion.engine import Case, CaseWriter, Discovery, Recipe, Refusal
 from dataset_conversion.errors import ConversionError
 from dataset_conversion.raw_dataset import DatasetSpec, clean_identifier
 
@@ -128,7 +128,8 @@ def _drop_negatives(discovery: Discovery, progress: Callable[[], None]) -> None:
     for case in discovery.cases:
         progress()
         try:
-            positive = bool(sitk.GetArrayViewFromImage(_read(case.payload["parts"]["SEG"])).any())
+            label = _read(case.payload["parts"]["SEG"])
+            positive = bool(sitk.GetArrayViewFromImage(label).any())
         except ConversionError:
             positive = True
         if positive:
@@ -141,6 +142,7 @@ def _drop_negatives(discovery: Discovery, progress: Callable[[], None]) -> None:
 def _read(path: str) -> sitk.Image:
     import SimpleITK as sitk
 
+    _check_complete(path)
     try:
         image = sitk.ReadImage(path)
     except RuntimeError as error:
@@ -153,14 +155,19 @@ def _read(path: str) -> sitk.Image:
     return image
 
 
-def _read_finite(path: str) -> sitk.Image:
-    import numpy as np
-    import SimpleITK as sitk
+def _check_complete(path: str) -> None:
+    """Raise for a cut-off or damaged compressed file, which ITK reads without complaint, as zeros from the cut on."""
+    import gzip
+    import zlib
 
-    image = _read(path)
-    if not np.isfinite(sitk.GetArrayViewFromImage(image)).all():
-        raise ConversionError("holds values that are no numbers", "restore the file", path)
-    return image
+    if not path.endswith(".gz"):
+        return
+    try:
+        with gzip.open(path, "rb") as stream:
+            while stream.read(1 << 22):
+                pass
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise ConversionError(f"is damaged ({error})", "restore the file", path) from error
 
 
 def describe(case: Case, options: Mapping[str, Any]) -> str:
@@ -180,7 +187,7 @@ def convert(case: Case, options: Mapping[str, Any], writer: CaseWriter) -> dict[
     parts, wanted = case.payload["parts"], case.payload["orientation"]
     warnings: list[str] = []
     ct_path = parts["CT"] if options["grid"] == "ct" or "CTres" not in parts else parts["CTres"]
-    ct, pet, seg = _read_finite(ct_path), _read_finite(parts["SUV"]), _read(parts["SEG"])
+    ct, pet, seg = _read(ct_path), _read(parts["SUV"]), _read(parts["SEG"])
     if "CTres" not in parts and options["grid"] == "pet":
         warnings.append("CTres is missing; CT was resampled to the PET grid")
     values = set(np.unique(sitk.GetArrayViewFromImage(seg)).tolist())

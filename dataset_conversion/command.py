@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from dataset_conversion import raw_dataset
-from dataset_conversion.engine import Discovery, Recipe, Refusal, print_error, run, split_test_cases, unique_cases
+from dataset_conversion.cases import Discovery, Recipe, Refusal
+from dataset_conversion.engine import run, split_test_cases, unique_cases
 from dataset_conversion.errors import ConversionError, UsageError
 
 MAX_NOTES = 20
@@ -48,9 +49,7 @@ def build_parser(prog: str, description: str, default_name: str, default_grid: s
         metavar="N",
         help="worker processes (default: nnUNet_def_n_proc, else the number of cores, at most 8)",
     )
-    parser.add_argument(
-        "--test", nargs="+", default=[], metavar="PATIENT", help="patients for imagesTs and labelsTs"
-    )
+    parser.add_argument("--test", nargs="+", default=[], metavar="PATIENT", help="patients for imagesTs and labelsTs")
     parser.add_argument("--dry-run", action="store_true", help="say what would be done and write nothing")
     return parser
 
@@ -137,6 +136,11 @@ def _dry_run(recipe: Recipe, discovery: Discovery, dataset: Path, test: Sequence
     if len(refusals) >= len(discovery.cases) + len(discovery.refusals):
         return NOTHING_DONE
     return SOME_REFUSED if refusals else ALL_CONVERTED
+
+
+def print_error(text: str) -> None:
+    """Write one line to the error stream."""
+    sys.stderr.write(f"{text}\n")
 
 
 def _print_notes(lines: Sequence[str]) -> None:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from dataset_conversion.dicom_series import _READ_ERRORS, SliceStack, quiet_dicom
+from dataset_conversion.dicom_series import READ_ERRORS, SliceStack, quiet_dicom
 from dataset_conversion.errors import ConversionError
 
 if TYPE_CHECKING:
@@ -39,13 +39,14 @@ class Contour:
 
 @dataclass
 class Roi:
-    """One region of interest; ``skipped`` counts contours without an area, by type."""
+    """One region of interest; ``skipped`` counts contours without an area, ``faults`` says what makes it unusable."""
 
     number: int
     name: str
     frame_of_reference: str
     contours: list[Contour] = field(default_factory=list)
     skipped: Counter[str] = field(default_factory=Counter)
+    faults: list[str] = field(default_factory=list)
 
     def sop_uids(self) -> set[str]:
         """All slices its contours say they were drawn on."""
@@ -89,7 +90,7 @@ def read_structure_set(path: str) -> StructureSet:
         try:
             dataset = pydicom.dcmread(path, stop_before_pixels=True, force=True)
             return _parse(dataset, path)
-        except (*_READ_ERRORS, pydicom.errors.InvalidDicomError) as error:
+        except (*READ_ERRORS, pydicom.errors.InvalidDicomError) as error:
             if isinstance(error, ConversionError):
                 raise error.located(path) from error
             raise ConversionError(f"cannot be read as an RTSTRUCT ({error})", "restore the file", path) from error
@@ -123,19 +124,21 @@ def _parse(dataset: Dataset, path: str) -> StructureSet:
 
 def _add_contour(roi: Roi, item: Dataset) -> None:
     kind = str(item.get("ContourGeometricType") or "").strip().upper()
-    values = [float(value) for value in item.get("ContourData") or ()]
     if kind in _WITHOUT_AREA:
         roi.skipped[kind] += 1
         return
+    # A fault counts only where this ROI is wanted: couch or skin contours may be anything.
     if kind not in _CLOSED:
-        raise ConversionError(
-            f"ROI {roi.name!r} has a contour of type {kind or 'missing'!r}", "only closed planar contours have an area"
-        )
-    if len(values) % 3:
-        raise ConversionError(
-            f"ROI {roi.name!r} has a contour of {len(values)} numbers, not three per point", "export it again"
-        )
-    points = np.array(values, dtype=np.float64).reshape(-1, 3)
+        roi.faults.append(f"has a contour of type {kind or 'missing'!r}")
+        return
+    try:
+        values = np.array([float(value) for value in item.get("ContourData") or ()], dtype=np.float64)
+    except (TypeError, ValueError):
+        values = np.array([np.nan])
+    if len(values) % 3 or not np.isfinite(values).all():
+        roi.faults.append("has a contour whose data are not three numbers per point")
+        return
+    points = values.reshape(-1, 3)
     if len(points) < 3:
         roi.skipped["fewer than 3 points"] += 1
         return
@@ -167,6 +170,8 @@ def rasterise(roi: Roi, stack: SliceStack) -> tuple[np.ndarray, list[str]]:
         ConversionError: no contours, a contour that belongs to no slice, or one that does not lie in a slice.
     """
     notes = []
+    if roi.faults:
+        raise ConversionError(f"ROI {roi.name!r} {roi.faults[0]}", "closed planar contours are needed: export it again")
     if not roi.contours:
         raise ConversionError(f"ROI {roi.name!r} has no closed contour", "draw it, or leave the patient out")
     for kind, count in sorted(roi.skipped.items()):

@@ -11,8 +11,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dataset_conversion.cases import Case, CaseWriter, Discovery, Recipe, Refusal
 from dataset_conversion.command import build_parser, execute
-from dataset_conversion.engine import Case, CaseWriter, Discovery, Recipe, Refusal
 from dataset_conversion.errors import ConversionError
 from dataset_conversion.raw_dataset import DatasetSpec, clean_identifier
 
@@ -88,7 +88,7 @@ def convert(case: Case, options: Mapping[str, Any], writer: CaseWriter) -> dict[
     import SimpleITK as sitk
 
     from dataset_conversion import resampling
-    from dataset_conversion.dicom_series import read_volume, with_stack_geometry
+    from dataset_conversion.dicom_pixels import read_volume, with_stack_geometry
     from dataset_conversion.rtstruct import rasterise
 
     selection, suv = _prepare(case, options)

@@ -155,12 +155,13 @@ class _Stacks:
     """Measures series on demand, once."""
 
     def __init__(self) -> None:
-        self._known: dict[str, SliceStack] = {}
+        self._known: dict[tuple[str, str], SliceStack] = {}
 
     def __call__(self, series: ImageSeries) -> SliceStack:
-        if series.uid not in self._known:
-            self._known[series.uid] = read_stack(series)
-        return self._known[series.uid]
+        key = (series.modality, series.uid)
+        if key not in self._known:
+            self._known[key] = read_stack(series)
+        return self._known[key]
 
 
 def select(patient: PatientFiles, grid: str, wanted_rois: Sequence[str] = ()) -> Selection:
@@ -244,12 +245,21 @@ def _drawings(
     """Return the RTSTRUCTs with a tumour ROI on CT or PET, or raise with the reason why there is none."""
     found: list[_Drawing] = []
     reasons: list[str] = []
+    faults: list[ConversionError] = []
     for file in patient.structures:
-        structure = read_structure_set(file.path)
+        try:
+            structure = read_structure_set(file.path)
+        except ConversionError as error:
+            faults.append(error)
+            continue
         if _references(structure.sop_uids, structure.series_uids, patient, series) == "MR":
             reasons.append(f"{structure} was drawn on MR")
             continue
-        rois = tumour_rois(structure, wanted_rois, wanted)
+        try:
+            rois = tumour_rois(structure, wanted_rois, wanted)
+        except ConversionError as error:
+            faults.append(error)
+            continue
         if not rois:
             reasons.append(f"{structure} has no tumour ROI by name")
             continue
@@ -261,13 +271,16 @@ def _drawings(
             reasons.append(f"{structure} {drawing}")
         else:
             found.append(drawing)
+    if faults and not any(drawing.series.modality == wanted for drawing in found):
+        # The file at fault may be the one that counts; another modality's contours must not stand in for it.
+        raise faults[0]
     if not found:
         raise ConversionError(
             f"has no tumour contours on CT or PET: {'; '.join(reasons)}",
             "add the RTSTRUCT drawn on CT or PET, or name the tumour ROI with --roi",
             patient.structures[0].path,
         )
-    notes += [f"{reason}; it was not used" for reason in reasons]
+    notes += [f"{reason}; it was not used" for reason in [*reasons, *map(str, faults)]]
     return found
 
 
@@ -331,9 +344,7 @@ def _place(
     return _Drawing(structure, rois, preferred[0], how, named_mr)
 
 
-def _companion(
-    candidates: Sequence[ImageSeries], drawing: _Drawing, stacks: _Stacks, notes: list[str]
-) -> ImageSeries:
+def _companion(candidates: Sequence[ImageSeries], drawing: _Drawing, stacks: _Stacks, notes: list[str]) -> ImageSeries:
     """Return the other modality's series that belongs to the contoured one."""
     if len(candidates) == 1:
         return candidates[0]

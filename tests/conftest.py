@@ -24,13 +24,15 @@ def clean_environment(**extra: str) -> dict[str, str]:
     return kept | extra
 
 
-def run(*command: str | Path, environment: dict[str, str], check: bool = True, timeout: int = 600):
+def run(
+    *command: str | Path, environment: dict[str, str], check: bool = True, timeout: int = 600, cwd: Path | None = None
+) -> subprocess.CompletedProcess:
     """Run a console command of this Python environment."""
     name, *arguments = (str(c) for c in command)
     executable = Path(sys.executable).parent / name
     finished = subprocess.run(
         [str(executable if executable.exists() else name), *arguments], env=environment, capture_output=True,
-        text=True, timeout=timeout, check=False,
+        text=True, timeout=timeout, check=False, cwd=cwd,
     )  # fmt: skip
     if check and finished.returncode:
         pytest.fail(f"{' '.join([name, *arguments])} ended with {finished.returncode}:\n"

@@ -67,7 +67,7 @@ class CommandRunner:
             CommandError: where it fails, with the end of what it printed.
         """
         words = [str(word) for word in command]
-        line = " ".join([*(f"{k}={v}" for k, v in (environment or {}).items()), shlex.join(words)])
+        line = " ".join([*(f"{k}={shlex.quote(v)}" for k, v in (environment or {}).items()), shlex.join(words)])
         print(f"$ {line}", flush=True)
         self._write(line)
         log = self.logs / f"{len(list(self.logs.iterdir())):02d}_{Path(words[0]).stem}.log"

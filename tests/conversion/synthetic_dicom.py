@@ -326,7 +326,12 @@ class Patient:
         """Write the PET series."""
         options = {"description": "PET AC", "folder": self.folder / "pet", "origin": (1.0, 1.0, 0.0), **kwargs}
         return write_series(
-            options.pop("folder"), self.study, "PT", options.pop("values", self.pet_values()), (4.0, 4.0, 4.0), **options
+            options.pop("folder"),
+            self.study,
+            "PT",
+            options.pop("values", self.pet_values()),
+            (4.0, 4.0, 4.0),
+            **options,
         )
 
     def ball(self, scale: float = 1.0, shift: float = 0.0) -> dict[int, list[list[float]]]:

@@ -19,22 +19,6 @@ MODALITY = {"ct": "CT", "pet": "PET"}
 ONE_HOUR = 70_000.0 / DOSE_BQ * 2 ** (3600 / 6586.2)
 
 
-@pytest.fixture()
-def raw(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    folder = tmp_path / "nnUNet_raw"
-    monkeypatch.setenv("nnUNet_raw", str(folder))
-    for name in ("nnUNet_preprocessed", "nnUNet_results"):
-        monkeypatch.delenv(name, raising=False)
-    return folder
-
-
-@pytest.fixture()
-def source(tmp_path: Path) -> Path:
-    folder = tmp_path / "source"
-    folder.mkdir()
-    return folder
-
-
 def convert(source: Path, *flags: str) -> int:
     return main(["-i", str(source), "-d", "501", "-np", "1", *flags])
 
@@ -72,9 +56,11 @@ def test_real_patients_against_independent_nifti(raw: Path, grid: str) -> None:
             reference = sitk.ReadImage(str(folder / name / "nifti" / "image" / "image.nii.gz"), sitk.sitkFloat64)
             expected = onto(reference, image, sitk.sitkLinear)
             inside = onto(reference * 0 + 1, image, sitk.sitkNearestNeighbor) > 0
-            inside &= np.abs(expected) > (0.1 if name == "PET" else 1.0)
+            if name == "PET":
+                inside &= expected > 0.05
             assert inside.mean() > 0.3
-            np.testing.assert_allclose(sitk.GetArrayFromImage(image)[inside], expected[inside], rtol=1e-3)
+            tolerance = {"rtol": 1e-3, "atol": 0.0} if name == "PET" else {"rtol": 0.0, "atol": 0.05}
+            np.testing.assert_allclose(sitk.GetArrayFromImage(image)[inside], expected[inside], **tolerance)
         assert ct.GetDirection() == pet.GetDirection() == label.GetDirection() == (1, 0, 0, 0, 1, 0, 0, 0, 1)
         assert (ct.GetPixelID(), pet.GetPixelID(), label.GetPixelID()) == (
             sitk.sitkFloat32,
@@ -162,16 +148,19 @@ def test_outside_the_pet_is_zero_and_outside_the_ct_minus_1024(raw: Path, source
 @pytest.mark.parametrize("reverse", [False, True])
 @pytest.mark.parametrize(
     ("mass", "other"),
-    [("GTV_Mass", "GTV_Edema"), ("GTV_Research", "GTV_Res+edema"), ("gtv mass", "GTV_Mass_Oedema"), ("GTV_Mass", "GTV")],
+    [
+        ("GTV_Mass", "GTV_Edema"),
+        ("GTV_Research", "GTV_Res+edema"),
+        ("gtv mass", "GTV_Mass_Oedema"),
+        ("GTV_Mass", "GTV"),
+    ],
 )
 def test_tumour_is_chosen_by_name(raw: Path, source: Path, mass: str, other: str, reverse: bool) -> None:
     patient = Patient(source, "STS_036")
     ct = patient.write_ct()
     patient.write_pet()
     rois = {other: patient.ball(1.5, 2.0), mass: patient.ball()}
-    write_rtstruct(
-        source / "rt.dcm", patient.study, ct, rois, description="RTstructCT", reverse_contours=reverse
-    )
+    write_rtstruct(source / "rt.dcm", patient.study, ct, rois, description="RTstructCT", reverse_contours=reverse)
     assert convert(source) == 0
     label = sitk.GetArrayFromImage(load(raw, "STS_036")[2]) > 0
     assert dice(label, patient.expected((40, 36, 12), 2.0, 0.0)) >= 0.99
@@ -213,12 +202,20 @@ def test_pet_without_attenuation_correction_is_left_out(raw: Path, source: Path)
 def write_mr(patient: Patient, description: str) -> list[Path]:
     values = np.round(np.random.default_rng(1).random((12, 18, 20)) * 100)
     return write_series(
-        patient.folder / description, patient.study, "MR", values, (4.0, 4.0, 4.0), (1.0, 1.0, 0.0), description=description
+        patient.folder / description,
+        patient.study,
+        "MR",
+        values,
+        (4.0, 4.0, 4.0),
+        (1.0, 1.0, 0.0),
+        description=description,
     )
 
 
 @pytest.mark.parametrize("keep_mr", [True, False])
-@pytest.mark.parametrize("description", ["RTstructT1", "RTstruct_T2FS", "RTstructAlignedT1toPET", "RTstructAlignedTtoPET"])
+@pytest.mark.parametrize(
+    "description", ["RTstructT1", "RTstruct_T2FS", "RTstructAlignedT1toPET", "RTstructAlignedTtoPET"]
+)
 def test_mr_contours_only_are_refused(
     raw: Path, source: Path, capsys: pytest.CaptureFixture[str], description: str, keep_mr: bool
 ) -> None:
@@ -343,9 +340,7 @@ def _other_frame(patient: Patient) -> None:
 def _second_ct(patient: Patient) -> None:
     shutil.rmtree(patient.folder / "rt")
     patient.write_ct(folder=patient.folder / "ct2")
-    pet = sorted(
-        (patient.folder / "pet").iterdir(), key=lambda p: float(pydicom.dcmread(p).ImagePositionPatient[2])
-    )
+    pet = sorted((patient.folder / "pet").iterdir(), key=lambda p: float(pydicom.dcmread(p).ImagePositionPatient[2]))
     write_rtstruct(patient.folder / "rt" / "a.dcm", patient.study, pet, {"GTV_Mass": patient.ball()})
 
 

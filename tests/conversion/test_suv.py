@@ -167,7 +167,7 @@ def test_decay_factor_that_counts_from_elsewhere_is_a_warning() -> None:
         ({"RadiopharmaceuticalStartDateTime": "19990102100000"}, 60),
     ],
 )
-@pytest.mark.filterwarnings("ignore::dataset_conversion.suv.SUVWarning")
+@pytest.mark.filterwarnings("ignore::dataset_conversion.suv.SUVWarning", "ignore:Invalid value for VR")
 def test_injection_time(injection: dict, minutes: float) -> None:
     assert suvbw_scale_factors([pet_header(injection)]) == pytest.approx([FULL * 2 ** (minutes * 60 / F18)], rel=1e-9)
 
@@ -337,7 +337,11 @@ REFUSED = {
         {"RadiopharmaceuticalStartTime": "103000", "RadiopharmaceuticalStartDateTime": "20200311100000"},
         {},
     ),
-    "unreadable time": ("0018,1072", {"RadiopharmaceuticalStartTime": "late", "RadiopharmaceuticalStartDateTime": ""}, {}),
+    "unreadable time": (
+        "0018,1072",
+        {"RadiopharmaceuticalStartTime": "late", "RadiopharmaceuticalStartDateTime": ""},
+        {},
+    ),
 }  # fmt: skip
 
 
@@ -354,6 +358,22 @@ def test_slices_that_contradict_each_other() -> None:
         suvbw_scale_factors([pet_header(), pet_header(PatientWeight=71.0)])
     with pytest.raises(SUVError, match="0020,000E"):
         suvbw_scale_factors([pet_header(), pet_header(SeriesInstanceUID="1.9")])
+
+
+@pytest.mark.parametrize("day", ["20191201", "20200309", "20150101"])
+def test_series_date_shifted_into_the_past(day: str) -> None:
+    """The clock time still says that the series time is the scan's start, 5 minutes before the first bed."""
+    with pytest.warns(SUVWarning, match="0008,0021"):
+        factors = suvbw_scale_factors(beds(300, 600, SeriesDate=day))
+    assert factors == pytest.approx([ONE_HOUR] * 2, rel=1e-9)
+
+
+@pytest.mark.parametrize(("day", "time"), [("20200311", "090000"), ("20200313", "103000"), ("20200310", "230000")])
+def test_series_made_again_later_is_no_reference(day: str, time: str) -> None:
+    """Its clock time may be earlier than the scan's; the date says that it is later."""
+    with pytest.warns(SUVWarning, match="later than the earliest"):
+        factors = suvbw_scale_factors(beds(0, 600, SeriesDate=day, SeriesTime=time))
+    assert factors == pytest.approx([ONE_HOUR] * 2, rel=1e-9)
 
 
 def test_no_slices() -> None:

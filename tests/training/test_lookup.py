@@ -54,11 +54,16 @@ def test_the_users_own_folders_stay_and_stay_first():
 
 @pytest.mark.parametrize("value", ["0", "false", "OFF"])
 def test_it_can_be_switched_off(value):
-    assert lookup(NNUNET_H2A_AUTOREGISTER=value) == "None"
-    assert lookup(NNUNET_H2A_AUTOREGISTER=value, nnUNet_extTrainer="/somewhere") == "/somewhere"
-    assert "Could not find requested nnunet trainer nnUNetTrainerH2ASeg" in lookup(
-        "nnUNetTrainerH2ASeg", NNUNET_H2A_AUTOREGISTER=value, check=False
-    )
+    show = "import os; print(os.environ.get('nnUNet_extTrainer'))"
+    for present in ({}, {"nnUNet_extTrainer": "/somewhere"}):
+        environment = clean_environment(NNUNET_H2A_AUTOREGISTER=value, **present)
+        shown = run(sys.executable, "-c", show, environment=environment).stdout.strip()
+        assert shown == str(present.get("nnUNet_extTrainer"))
+
+
+def test_nnunets_error_when_it_is_switched_off():
+    error = lookup("nnUNetTrainerH2ASeg", NNUNET_H2A_AUTOREGISTER="0", check=False)
+    assert "Could not find requested nnunet trainer nnUNetTrainerH2ASeg" in error
 
 
 def test_the_folder_can_be_set_by_hand():
@@ -74,11 +79,11 @@ def test_starting_python_does_not_import_torch_or_numpy():
     assert finished.stdout.strip() == "[]"
 
 
-def test_the_shim_is_silent_where_the_package_is_missing():
+def test_the_shim_is_silent_where_the_package_is_missing(tmp_path):
     """The variable reaches other environments through child processes; -S stands for one without the package."""
     finished = run(
         sys.executable, "-S", "-c", "import nnunet_h2a_trainers_shim as shim; print(shim._TRAINERS)",
-        environment=clean_environment(PYTHONPATH=shim_folder()),
+        environment=clean_environment(PYTHONPATH=shim_folder()), cwd=tmp_path,
     )  # fmt: skip
     assert finished.stdout.strip() == "{}"
 

@@ -1,0 +1,108 @@
+"""Reading the pixels of a measured DICOM series, with every slice's own slope."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from dataset_conversion.dicom_series import READ_ERRORS, SliceStack, quiet_dicom
+from dataset_conversion.errors import ConversionError
+
+if TYPE_CHECKING:
+    import SimpleITK as sitk
+    from pydicom.dataset import Dataset
+
+
+def read_volume(stack: SliceStack, factors: np.ndarray | None = None) -> sitk.Image:
+    """Read the pixels of a stack, rescaled slice by slice.
+
+    Args:
+        stack: from ``read_stack``.
+        factors: one factor per slice, applied after rescaling, or None.
+
+    Returns:
+        float32 SimpleITK image on the stack's grid.
+
+    Raises:
+        ConversionError: pixels of a slice cannot be read, or a PET slice has no RescaleSlope.
+    """
+    import SimpleITK as sitk
+
+    columns, rows, slices = stack.size
+    volume = np.empty((slices, rows, columns), dtype=np.float32)
+    unscaled = 0
+    with quiet_dicom():
+        for index, path in enumerate(stack.paths):
+            header = stack.headers[index]
+            slope, intercept = header.get("RescaleSlope"), header.get("RescaleIntercept")
+            if slope is None:
+                if stack.series.modality == "PT":
+                    raise ConversionError("(0028,1053) RescaleSlope is missing", "restore the tag", path)
+                unscaled += 1
+            try:
+                scale = (float(1 if slope is None else slope), float(intercept or 0))
+            except ValueError as error:
+                raise ConversionError(
+                    f"RescaleSlope {slope!r} or RescaleIntercept {intercept!r} is no number", "correct the tag", path
+                ) from error
+            values = _stored_values(path)
+            if values.shape != (rows, columns):
+                raise ConversionError(
+                    f"holds pixels of shape {values.shape}, not {(rows, columns)}", "grey images are needed", path
+                )
+            values = values.astype(np.float64) * scale[0] + scale[1]
+            volume[index] = values if factors is None else values * factors[index]
+    if unscaled:
+        stack.notes.append(f"{unscaled} slices have no RescaleSlope; their stored values were taken as they are")
+    if not np.isfinite(volume).all():
+        raise ConversionError(f"{stack.series} holds values that are no numbers", None, stack.paths[0])
+    image = sitk.GetImageFromArray(volume)
+    return with_stack_geometry(image, stack)
+
+
+def with_stack_geometry(image: sitk.Image, stack: SliceStack) -> sitk.Image:
+    """Give an image made from a (z, y, x) array on the stack's grid the stack's spacing, origin and direction."""
+    image.SetSpacing(stack.spacing)
+    image.SetOrigin(stack.origin.tolist())
+    image.SetDirection(stack.direction.ravel().tolist())
+    return image
+
+
+def _stored_values(path: str) -> np.ndarray:
+    """Return the stored pixel values of one file, shape (rows, columns) for grey images."""
+    import pydicom
+
+    try:
+        dataset = pydicom.dcmread(path, force=True)
+        if getattr(dataset.file_meta, "TransferSyntaxUID", None) is None:
+            # Files without preamble carry no meta group; their encoding was found on reading.
+            explicit, little = not dataset.original_encoding[0], dataset.original_encoding[1]
+            dataset.file_meta.TransferSyntaxUID = (
+                pydicom.uid.ImplicitVRLittleEndian
+                if not explicit
+                else pydicom.uid.ExplicitVRLittleEndian
+                if little
+                else pydicom.uid.ExplicitVRBigEndian
+            )
+        if dataset.file_meta.TransferSyntaxUID.is_encapsulated:
+            return _decompressed_values(path, dataset)
+        return dataset.pixel_array
+    except (*READ_ERRORS, pydicom.errors.InvalidDicomError) as error:
+        if isinstance(error, ConversionError):
+            raise
+        raise ConversionError(f"its pixels cannot be read ({error})", "restore the file", path) from error
+
+
+def _decompressed_values(path: str, dataset: Dataset) -> np.ndarray:
+    """Decode compressed pixels with pydicom's plug-ins where installed, else with SimpleITK's GDCM."""
+    import SimpleITK as sitk
+
+    try:
+        return dataset.pixel_array
+    except (RuntimeError, NotImplementedError, ImportError):
+        image = sitk.ReadImage(path, sitk.sitkFloat64)
+    rescaled = sitk.GetArrayFromImage(image)[0]
+    slope, intercept = float(dataset.get("RescaleSlope") or 1), float(dataset.get("RescaleIntercept") or 0)
+    # GDCM applies slope and intercept; the caller expects stored values.
+    return (rescaled - intercept) / slope if slope else rescaled

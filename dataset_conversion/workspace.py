@@ -1,0 +1,210 @@
+"""The hidden workspace beside a dataset, and publishing the dataset from it.
+
+Nothing half-written is ever where nnU-Net looks. Cases are written one folder each into the workspace (same file
+system), every folder is renamed into place when complete, and when all are done the dataset folder is put together
+from them and moved in with one rename. A killed run leaves the workspace; the next one goes on from it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from dataset_conversion.cases import Case, Discovery, Outcome, Recipe
+from dataset_conversion.errors import UsageError
+from dataset_conversion.raw_dataset import FILE_ENDING, make_splits, to_text
+
+FORMAT_VERSION = 1
+REPORT = "conversion_report.json"
+CASE_FILE = "case.json"
+_MANAGED = ("dataset.json", "splits_final.json", REPORT)
+
+
+def workspace_of(dataset: Path) -> Path:
+    """Return the hidden folder beside the dataset in which cases are made."""
+    return dataset.parent / f".h2a_{dataset.name}"
+
+
+@contextlib.contextmanager
+def locked(workspace: Path) -> Iterator[None]:
+    """Hold the workspace against a second run on the same dataset; the lock dies with the process."""
+    workspace.mkdir(parents=True, exist_ok=True)
+    try:
+        import fcntl
+    except ImportError:
+        # Windows: no advisory locks of this kind; a second run there is the user's to avoid.
+        yield
+        return
+    with open(workspace / "lock", "w") as stream:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise UsageError(
+                "another conversion into this dataset is running", "wait for it, or use another -d", workspace
+            ) from error
+        try:
+            yield
+        finally:
+            if not any((workspace / "cases").glob("*")) and not (workspace / "old").exists():
+                shutil.rmtree(workspace, ignore_errors=True)
+
+
+def recover(dataset: Path, workspace: Path) -> None:
+    """Finish or undo what a killed run left between its renames, and clear its half-written folders."""
+    old = workspace / "old"
+    if old.exists() and not dataset.exists():
+        os.rename(old, dataset)
+    for name in ("old", "dataset", "work"):
+        shutil.rmtree(workspace / name, ignore_errors=True)
+
+
+def fingerprint(case: Case, recipe: Recipe, source: Path) -> str:
+    """Return a hash of everything a converted case depends on: settings, and its source files by path, size, time."""
+    files = []
+    for path in sorted(case.files):
+        status = os.stat(path)
+        files.append([os.path.relpath(path, source), status.st_size, status.st_mtime_ns])
+    content = [FORMAT_VERSION, recipe.command, dict(recipe.options), case.case_id, case.patient, case.variant, files]
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _load_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError):
+        return None
+
+
+def published_records(dataset: Path, recipe: Recipe, discovery: Discovery) -> dict[str, dict[str, Any]]:
+    """Return the case records of an existing dataset, checked to be this converter's own."""
+    if not dataset.exists() or not any(dataset.iterdir()):
+        return {}
+    report = _load_json(dataset / REPORT)
+    if not isinstance(report, dict) or report.get("command") != recipe.command:
+        raise UsageError(
+            f"is there already and was not written by {recipe.command}",
+            "use another -d or --name, or delete the folder",
+            dataset,
+        )
+    records: dict[str, dict[str, Any]] = report.get("cases", {})
+    found = {case.case_id for case in discovery.cases} | set(discovery.passed_over)
+    found |= {refusal.subject for refusal in discovery.refusals}
+    strangers = sorted(set(records) - found)
+    if strangers:
+        raise UsageError(
+            f"holds {len(strangers)} cases that are not in the source folder (e.g. {strangers[0]})",
+            "convert from a folder that holds all patients, use another -d, or delete the dataset folder",
+            dataset,
+        )
+    known = {name for record in records.values() for name in record["files"]}
+    for folder in ("imagesTr", "labelsTr"):
+        for entry in sorted((dataset / folder).glob("*")) if (dataset / folder).is_dir() else ():
+            if entry.name not in known:
+                raise UsageError("was not written by this converter", "move it out of the dataset", entry)
+    return records
+
+
+def _case_files(folder: Path, record: Mapping[str, Any]) -> dict[str, Path] | None:
+    """Return name -> path of a record's files in ``folder`` or nnU-Net's folders below it; None if one is missing."""
+    found = {}
+    for name, size in record["files"].items():
+        kind = "labels" if name == f"{record['case_id']}{FILE_ENDING}" else "images"
+        for path in (folder / name, folder / f"{kind}Tr" / name, folder / f"{kind}Ts" / name):
+            if path.is_file() and path.stat().st_size == size:
+                found[name] = path
+                break
+        else:
+            return None
+    return found
+
+
+def finished_case(
+    case_id: str, mark: str, dataset: Path, workspace: Path, published: Mapping[str, dict[str, Any]]
+) -> tuple[dict[str, Any], dict[str, Path]] | None:
+    """Return record and files of a case that an earlier run finished with the same settings and sources."""
+    folder = workspace / "cases" / case_id
+    for record, place in ((_load_json(folder / CASE_FILE), folder), (published.get(case_id), dataset)):
+        if isinstance(record, dict) and record.get("fingerprint") == mark:
+            files = _case_files(place, record)
+            if files is not None:
+                return record, files
+    return None
+
+
+def _link(source: Path, target: Path) -> None:
+    """Hard-link, or copy where the file system has no links."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
+
+
+def publish(
+    recipe: Recipe,
+    source: Path,
+    cases: Sequence[Case],
+    marks: Mapping[str, str],
+    test_ids: set[str],
+    published: Mapping[str, dict[str, Any]],
+    discovery: Discovery,
+    workspace: Path,
+    outcome: Outcome,
+) -> None:
+    """Put the dataset folder together in the workspace and swap it in."""
+    dataset, new = outcome.dataset, workspace / "dataset"
+    shutil.rmtree(new, ignore_errors=True)
+    records: dict[str, dict[str, Any]] = {}
+    for case in cases:
+        finished = finished_case(case.case_id, marks[case.case_id], dataset, workspace, published)
+        if finished is None:
+            raise UsageError(f"case {case.case_id} vanished from the workspace", "run again", workspace)
+        record, files = finished
+        record = {**record, "set": "test" if case.case_id in test_ids else "training"}
+        records[case.case_id] = record
+        outcome.notes[case.case_id] = list(record.get("warnings", ()))
+        suffix = "Ts" if case.case_id in test_ids else "Tr"
+        for name, path in files.items():
+            kind = "labels" if name == f"{case.case_id}{FILE_ENDING}" else "images"
+            _link(path, new / f"{kind}{suffix}" / name)
+    training = {case.case_id: case.patient for case in cases if case.case_id not in test_ids}
+    outcome.splits = make_splits(training)
+    name = dataset.name.split("_", 1)[1]
+    report = {
+        "command": recipe.command,
+        "format": FORMAT_VERSION,
+        "source": str(source.absolute()),
+        "options": dict(recipe.options),
+        "cases": records,
+        "refused": [
+            {"subject": item.subject, "what": item.what, "remedy": item.remedy, "file": item.file}
+            for item in outcome.refusals
+        ],
+        "passed_over": discovery.passed_over,
+    }
+    (new / "dataset.json").write_text(to_text(recipe.spec.to_json(name, len(training))))
+    (new / "splits_final.json").write_text(to_text(outcome.splits))
+    (new / REPORT).write_text(to_text(report))
+    _carry_over(dataset, new, published)
+    old = workspace / "old"
+    if dataset.exists():
+        os.rename(dataset, old)
+    os.rename(new, dataset)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _carry_over(dataset: Path, new: Path, published: Mapping[str, dict[str, Any]]) -> None:
+    """Keep files the user has put beside ours in an existing dataset (test images, notes)."""
+    ours = {name for record in published.values() for name in record["files"]}
+    for path in sorted(dataset.rglob("*")) if dataset.exists() else ():
+        relative = path.relative_to(dataset)
+        target = new / relative
+        is_ours = str(relative) in _MANAGED or (len(relative.parts) == 2 and path.name in ours)
+        if path.is_file() and not is_ours and not target.exists():
+            _link(path, target)

@@ -1,0 +1,204 @@
+"""``h2a_convert_autopet`` on the folder layout of the NIfTI release."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import SimpleITK as sitk
+
+from dataset_conversion.autopet import main
+
+LAS = (1.0, 0.0, 0.0, 0.0, -1.0, 0.0, 0.0, 0.0, 1.0)
+DATASET = "Dataset601_AutoPET"
+HEXES = ("0011f3deaf", "01140d52d8", "0123456789", "a1b2c3d4e5", "ffeeddccbb", "0a0a0a0a0a")
+
+
+def convert(source: Path, *flags: str) -> int:
+    return main(["-i", str(source), "-d", "601", "-np", "1", *flags])
+
+
+def image(array: np.ndarray, spacing: tuple[float, ...], direction: tuple[float, ...] = LAS) -> sitk.Image:
+    result = sitk.GetImageFromArray(array)
+    result.SetSpacing(spacing)
+    result.SetOrigin((-20.0, 30.0, -400.0))
+    result.SetDirection(direction)
+    return result
+
+
+def write_study(
+    root: Path, hexes: str, date: str = "03-23-2003", number: str = "61168", lesion: bool = True, **changes: object
+) -> Path:
+    """Write one study on a 2 x 2 x 3 mm PET grid, CT on a 1 x 1 x 1.5 mm grid of the same extent."""
+    folder = root / "FDG-PET-CT-Lesions" / f"PETCT_{hexes}"
+    folder /= f"{date}-NA-PET-CT Ganzkoerper  primaer mit KM-{number}"
+    folder.mkdir(parents=True)
+    z, y, x = np.mgrid[0:10, 0:14, 0:16]
+    pet_grid, direction = (2.0, 2.0, 3.0), changes.get("direction", LAS)
+    seg = np.zeros(x.shape, np.uint8)
+    if lesion:
+        seg[4:6, 5:9, 6:10] = 1
+    ct = np.float32(10.0 * x + 5 * y + z - 50)
+    fine = np.mgrid[0:20, 0:28, 0:32] / 2.0
+    parts = {
+        "CT": image(np.float32(10.0 * fine[2] + 5 * fine[1] + fine[0] - 50), (1.0, 1.0, 1.5), direction),
+        "CTres": image(ct, pet_grid, direction),
+        "PET": image(np.float32(x * 1000.0), pet_grid, direction),
+        "SUV": image(np.float32(x * 0.5 + seg * 10), pet_grid, direction),
+        "SEG": image(seg, pet_grid, direction),
+        **{name: value for name, value in changes.items() if name in ("CTres", "SUV", "SEG")},
+    }
+    for name, content in parts.items():
+        if content is not None:
+            sitk.WriteImage(content, str(folder / f"{name}.nii.gz"))
+    return folder
+
+
+@pytest.fixture
+def release(tmp_path: Path) -> Path:
+    """Six patients, one of them with two studies, one negative, with the metadata table beside."""
+    root = tmp_path / "release"
+    for index, name in enumerate(HEXES):
+        write_study(root, name, number=f"{10000 + index}", lesion=index != 3)
+    write_study(root, HEXES[0], date="08-01-2004", number="77777")
+    (root / "Clinical Metadata FDG PET_CT Lesions.csv").write_text("Subject ID,diagnosis\n")
+    return root
+
+
+def test_release_layout(raw: Path, release: Path) -> None:
+    assert convert(release) == 0
+    folder = raw / DATASET
+    names = {path.name.removesuffix(".nii.gz") for path in (folder / "labelsTr").iterdir()}
+    assert names == {f"fdg_{name}_20030323" for name in HEXES} | {f"fdg_{HEXES[0]}_20040801"}
+    assert len(list((folder / "imagesTr").iterdir())) == 14
+    content = json.loads((folder / "dataset.json").read_text())
+    assert (content["channel_names"], content["h2a_modalities"]) == ({"0": "CT", "1": "PET"}, ["CT", "PET"])
+    assert content["numTraining"] == 7
+    splits = json.loads((folder / "splits_final.json").read_text())
+    assert len(splits) == 5
+    for fold in splits:
+        assert not {name.split("_")[1] for name in fold["train"]} & {name.split("_")[1] for name in fold["val"]}
+
+
+def test_fitting_files_are_taken_as_they_are(raw: Path, release: Path) -> None:
+    assert convert(release) == 0
+    study = next((release / "FDG-PET-CT-Lesions" / f"PETCT_{HEXES[1]}").iterdir())
+    case = f"fdg_{HEXES[1]}_20030323"
+    for name, target in (
+        ("CTres", f"imagesTr/{case}_0000"),
+        ("SUV", f"imagesTr/{case}_0001"),
+        ("SEG", f"labelsTr/{case}"),
+    ):
+        source = (study / f"{name}.nii.gz").read_bytes()
+        assert (raw / DATASET / f"{target}.nii.gz").read_bytes() == source
+
+
+def test_nnunet_accepts_the_dataset(raw: Path, release: Path) -> None:
+    from nnunetv2.experiment_planning.verify_dataset_integrity import verify_dataset_integrity
+
+    assert convert(release) == 0
+    verify_dataset_integrity(str(raw / DATASET), 1)
+
+
+def test_two_studies_of_one_day(raw: Path, tmp_path: Path) -> None:
+    for number in ("11111", "22222"):
+        write_study(tmp_path / "r", HEXES[0], number=number)
+    write_study(tmp_path / "r", HEXES[1])
+    assert convert(tmp_path / "r") == 0
+    names = {path.name for path in (raw / DATASET / "labelsTr").iterdir()}
+    assert names == {
+        f"fdg_{HEXES[0]}_20030323_11111.nii.gz",
+        f"fdg_{HEXES[0]}_20030323_22222.nii.gz",
+        f"fdg_{HEXES[1]}_20030323.nii.gz",
+    }
+    assert len(json.loads((raw / DATASET / "splits_final.json").read_text())) == 2
+
+
+def test_drop_negatives(raw: Path, release: Path) -> None:
+    assert convert(release, "--drop-negatives") == 0
+    assert not (raw / DATASET / "labelsTr" / f"fdg_{HEXES[3]}_20030323.nii.gz").exists()
+    assert json.loads((raw / DATASET / "dataset.json").read_text())["numTraining"] == 6
+
+
+def test_test_patient_takes_all_its_studies(raw: Path, release: Path) -> None:
+    assert convert(release, "--test", f"PETCT_{HEXES[0]}") == 0
+    assert len(list((raw / DATASET / "labelsTs").iterdir())) == 2
+    assert HEXES[0] not in (raw / DATASET / "splits_final.json").read_text()
+
+
+def test_ct_is_resampled_where_ctres_is_missing(raw: Path, tmp_path: Path) -> None:
+    write_study(tmp_path / "r", HEXES[0], CTres=None)
+    write_study(tmp_path / "r", HEXES[1])
+    assert convert(tmp_path / "r") == 0
+    made, given = (
+        sitk.ReadImage(str(raw / DATASET / "imagesTr" / f"fdg_{name}_20030323_0000.nii.gz")) for name in HEXES[:2]
+    )
+    assert made.GetSize() == given.GetSize()
+    np.testing.assert_allclose(sitk.GetArrayFromImage(made), sitk.GetArrayFromImage(given), atol=1e-3)
+
+
+def test_ct_grid(raw: Path, tmp_path: Path) -> None:
+    write_study(tmp_path / "r", HEXES[0])
+    assert convert(tmp_path / "r", "--grid", "ct") == 0
+    label = sitk.ReadImage(str(raw / DATASET / "labelsTr" / f"fdg_{HEXES[0]}_20030323.nii.gz"))
+    assert label.GetSize() == (32, 28, 20)
+    volume = sitk.GetArrayFromImage(label).sum() * 1.5
+    assert volume == pytest.approx(2 * 4 * 4 * 12, rel=0.3)
+
+
+def test_label_on_another_grid_is_placed_by_position(raw: Path, tmp_path: Path) -> None:
+    """A label with one row and slice more than the PET, as other releases have it."""
+    seg = np.zeros((11, 15, 16), np.uint8)
+    seg[4:6, 5:9, 6:10] = 1
+    write_study(tmp_path / "r", HEXES[0], SEG=image(seg, (2.0, 2.0, 3.0)))
+    assert convert(tmp_path / "r") == 0
+    label = sitk.GetArrayFromImage(sitk.ReadImage(str(raw / DATASET / "labelsTr" / f"fdg_{HEXES[0]}_20030323.nii.gz")))
+    np.testing.assert_array_equal(label, seg[:10, :14])
+
+
+def test_one_orientation_for_all(raw: Path, tmp_path: Path) -> None:
+    for name in HEXES[:3]:
+        write_study(tmp_path / "r", name)
+    write_study(tmp_path / "r", HEXES[3], direction=(1.0, 0, 0, 0, 1.0, 0, 0, 0, 1.0))
+    assert convert(tmp_path / "r") == 0
+    for path in (raw / DATASET).rglob("*.nii.gz"):
+        assert sitk.ReadImage(str(path)).GetDirection() == LAS
+    turned = sitk.ReadImage(str(raw / DATASET / "labelsTr" / f"fdg_{HEXES[3]}_20030323.nii.gz"))
+    assert turned.TransformIndexToPhysicalPoint((6, 13 - 5, 4)) == pytest.approx((-8.0, 40.0, -388.0))
+    assert turned[6, 13 - 5, 4] == 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"SUV": None}, "SUV.nii.gz"),
+        ({"SEG": None}, "SEG.nii.gz"),
+        ({"SEG": image(np.full((10, 14, 16), 7, np.uint8), (2.0, 2.0, 3.0))}, "label values"),
+    ],
+)
+def test_a_bad_study_is_refused_and_the_rest_goes_on(
+    raw: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], changes: dict, reason: str
+) -> None:
+    write_study(tmp_path / "r", HEXES[0])
+    write_study(tmp_path / "r", HEXES[1], **changes)
+    assert convert(tmp_path / "r") == 1
+    line = next(text for text in capsys.readouterr().err.splitlines() if text.startswith("refused"))
+    assert HEXES[1] in line
+    assert reason in line
+    assert [path.name for path in (raw / DATASET / "labelsTr").iterdir()] == [f"fdg_{HEXES[0]}_20030323.nii.gz"]
+
+
+@pytest.mark.parametrize("name", ["CTres", "SUV", "SEG"])
+@pytest.mark.parametrize("keep", [0, 60, -3])
+def test_cut_off_file_is_refused_without_traceback(
+    raw: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], name: str, keep: int
+) -> None:
+    write_study(tmp_path / "r", HEXES[0])
+    path = write_study(tmp_path / "r", HEXES[1]) / f"{name}.nii.gz"
+    path.write_bytes(path.read_bytes()[:keep])
+    assert convert(tmp_path / "r") == 1
+    error = capfd.readouterr().err
+    assert f"{name}.nii.gz" in error
+    assert "Traceback" not in error
