@@ -54,7 +54,7 @@ def dataset_folder(parent: Path, dataset: str) -> Path:
         return found[0]
     if not found:
         number = dataset if dataset.isdigit() else dataset.removeprefix("Dataset")[:3]
-        raise CommandError(
-            f"no dataset {dataset} in {parent}: run  nnUNetv2_plan_and_preprocess -d {number}  first"
-        )
-    raise CommandError(f"{parent} holds several datasets {dataset}: {', '.join(p.name for p in found)}; remove all but one")
+        raise CommandError(f"no dataset {dataset} in {parent}: run  nnUNetv2_plan_and_preprocess -d {number}  first")
+    raise CommandError(
+        f"{parent} holds several datasets {dataset}: {', '.join(p.name for p in found)}; remove all but one"
+    )

@@ -1,4 +1,4 @@
-"""Fixtures that several test modules share: the environment of nnU-Net, and one small dataset made with its commands."""
+"""Fixtures that several test modules share: nnU-Net's environment, and one small dataset made with its commands."""
 
 from __future__ import annotations
 

@@ -20,9 +20,7 @@ def cases():
 def pooled(cases, channel, *regions):
     """Voxels of a channel in any of the regions, over all cases."""
     images = [sitk.GetArrayFromImage(getattr(case, channel)) for case in cases]
-    return np.concatenate(
-        [image[case.regions[r]] for image, case in zip(images, cases, strict=True) for r in regions]
-    )
+    return np.concatenate([image[case.regions[r]] for image, case in zip(images, cases, strict=True) for r in regions])
 
 
 def separability(first, second):

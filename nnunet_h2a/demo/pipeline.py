@@ -109,9 +109,7 @@ def _sts_dataset(runner: CommandRunner, sts: Path, number: int, name: str, datas
         "real patients: trained and tested on what is given, a few hundred steps of a tiny network. "
         "This shows the pipeline, not accuracy."
     )
-    runner.run(
-        "h2a_convert_sts", "-i", sts.resolve(), "-d", str(number), "--name", name, "--grid", "pet", "-np", "1"
-    )
+    runner.run("h2a_convert_sts", "-i", sts.resolve(), "-d", str(number), "--name", name, "--grid", "pet", "-np", "1")
     runner.note("the test cases are the training cases: images and labels are linked to imagesTs and labelsTs")
     for kind in ("images", "labels"):
         target = dataset / f"{kind}Ts"
@@ -171,7 +169,9 @@ def _report(summary: dict, runner: CommandRunner, is_phantom: bool) -> None:
     names = list(summary["models"])
     cases = list(summary["models"][names[0]]["cases"])
     width = max(len(case) for case in [*cases, "mean of cases with lesions"])
-    print("\nDice " + ("on held-out phantom cases" if is_phantom else "on the training cases: the pipeline, not accuracy"))
+    print(
+        "\nDice " + ("on held-out phantom cases" if is_phantom else "on the training cases: the pipeline, not accuracy")
+    )
     _row("case", names, width)
     for case in cases:
         _row(case, [_number(summary["models"][name]["cases"][case]) for name in names], width)

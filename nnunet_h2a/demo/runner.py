@@ -41,9 +41,7 @@ class CommandRunner:
         self.logs = self.output / "logs"
         self.logs.mkdir(parents=True, exist_ok=True)
         self.script = self.output / "commands.txt"
-        self.folders = {
-            name: self.output / name for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")
-        }
+        self.folders = {name: self.output / name for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")}
         for folder in self.folders.values():
             folder.mkdir(exist_ok=True)
         settings = {name: str(folder) for name, folder in self.folders.items()} | CPU_SETTINGS

@@ -223,8 +223,8 @@ class H2ASeg(nn.Module):
         windows = attention_windows(self.patch_size, stage_strides)
         if math.prod(stage_map_sizes(self.patch_size, stage_strides, "`patch_size`")[-1]) == 1:
             warnings.warn(
-                f"H2ASeg's deepest map is a single voxel for patch_size {list(self.patch_size)}: instance normalisation "
-                "makes it constant, so that level cannot contribute; use fewer stages or a larger patch",
+                f"H2ASeg's deepest map is a single voxel for patch_size {list(self.patch_size)}: instance "
+                "normalisation makes it constant, so that level cannot contribute; use fewer stages or a larger patch",
                 stacklevel=2,
             )
         self.encoder = H2ASegEncoder(input_channels - 1, features, conv_op, kernels, stage_strides, windows)

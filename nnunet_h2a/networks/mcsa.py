@@ -14,6 +14,17 @@ from nnunet_h2a.networks.residual import same_conv
 from nnunet_h2a.networks.windows import merge_windows, partition_windows
 
 
+#: Most windows that go into one attention call: CUDA's kernels put them on a grid axis of 65,535 blocks.
+MOST_WINDOWS_AT_ONCE = 32768
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Scaled dot-product attention of any number of windows; all (windows, heads, tokens, channels)."""
+    parts = (part.split(MOST_WINDOWS_AT_ONCE) for part in (q, k, v))
+    results = [F.scaled_dot_product_attention(*part) for part in zip(*parts, strict=True)]
+    return results[0] if len(results) == 1 else torch.cat(results)
+
+
 class BDSA(nn.Module):
     """Bi-directional spatial attention between CT and PET tokens, both directions.
 
@@ -61,7 +72,7 @@ class BDSA(nn.Module):
         pet_parts = self.project_pet(pet).reshape(batch, tokens, 6, channels).transpose(1, 2).unbind(1)
         ct_q_source, ct_q_target, ct_k_target, ct_v_target, ct_k_source, ct_v_source = ct_parts
         pet_q_source, pet_q_target, pet_k_target, pet_v_target, pet_k_source, pet_v_source = pet_parts
-        attended = F.scaled_dot_product_attention(
+        attended = attend(
             torch.stack([ct_q_source, ct_q_target, pet_q_source, pet_q_target], dim=1),
             torch.stack([pet_k_source, ct_k_target, ct_k_source, pet_k_target], dim=1),
             torch.stack([pet_v_source, ct_v_target, ct_v_source, pet_v_target], dim=1),

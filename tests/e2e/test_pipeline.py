@@ -12,7 +12,6 @@ from nnunet_h2a.evaluation.dice import score_folder
 from tests.conftest import EXT_TRAINERS
 
 
-
 def train(space, trainer, plans, *more):
     space.run("nnUNetv2_train", "711", "3d_fullres", "0", "-tr", trainer, "-p", plans, "-device", "cpu", *more,
               nnUNet_extTrainer=str(EXT_TRAINERS))  # fmt: skip
@@ -53,15 +52,15 @@ def test_trained_models_predict_the_held_out_cases(workspace, predictions):
             truth, predicted = (sitk.ReadImage(str(f / case)) for f in (workspace.raw / "labelsTs", folder))
             assert predicted.GetSize() == truth.GetSize()
             assert set(np.unique(sitk.GetArrayFromImage(predicted))) <= {0, 1}
-    plans = json.loads((results(workspace, "nnUNetTrainerH2ASegFewSteps", "nnUNetH2ASegPlans") / "plans.json").read_text())
+    plans = json.loads(
+        (results(workspace, "nnUNetTrainerH2ASegFewSteps", "nnUNetH2ASegPlans") / "plans.json").read_text()
+    )
     assert plans["nnunet_h2a"] == {"ct_channel": 0, "pet_channel": 1, "region_based": False}
 
 
 def test_the_plans_alone_carry_the_network(workspace, predictions):
     """No trainer of ours is involved, so nothing has to be found by name."""
-    again = predict(
-        workspace, "nnUNetTrainerFewSteps", "nnUNetH2ASegPlans", "plans_again", NNUNET_H2A_AUTOREGISTER="0"
-    )
+    again = predict(workspace, "nnUNetTrainerFewSteps", "nnUNetH2ASegPlans", "plans_again", NNUNET_H2A_AUTOREGISTER="0")
     for first in predictions["plans"].glob("*.npz"):
         assert np.array_equal(np.load(first)["probabilities"], np.load(again / first.name)["probabilities"])
 
@@ -80,7 +79,7 @@ def test_ensemble_with_stock_nnunet_is_the_mean_of_probabilities(workspace, pred
 
 
 def test_pet_first_model_predicts_from_plans_and_checkpoint(workspace, predictions, tmp_path):
-    """The same weights under a plans.json whose channels are swapped, on swapped images, give the same probabilities."""
+    """The same weights, with plans.json and images both PET first, give the same probabilities."""
     model = results(workspace, "nnUNetTrainerH2ASegFewSteps", "nnUNetH2ASegPlans")
     swapped = tmp_path / "model"
     swapped.mkdir()
@@ -103,7 +102,7 @@ def test_pet_first_model_predicts_from_plans_and_checkpoint(workspace, predictio
         other = image.name.replace("_0000.", "_000X.").replace("_0001.", "_0000.").replace("_000X.", "_0001.")
         (images / other).symlink_to(image)
     workspace.run("nnUNetv2_predict_from_modelfolder", "-i", images, "-o", tmp_path / "out", "-m", swapped, "-f", "0",
-                  "-device", "cpu", "-npp", "0", "-nps", "0", "--save_probabilities",
+                  "-device", "cpu", "-npp", "1", "-nps", "1", "--save_probabilities",
                   nnUNet_extTrainer=str(EXT_TRAINERS))  # fmt: skip
     for first in predictions["ours"].glob("*.npz"):
         expected, again = (np.load(f / first.name)["probabilities"] for f in (predictions["ours"], tmp_path / "out"))

@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from nnunet_h2a.networks import H2ASeg
-from nnunet_h2a.networks.mcsa import BDSA, MCSA
+from nnunet_h2a.networks.mcsa import BDSA, MCSA, MOST_WINDOWS_AT_ONCE, attend
 from nnunet_h2a.networks.precision import InstanceNorm
 from nnunet_h2a.networks.tamw import TAMW, foreground_probability
 from nnunet_h2a.networks.windows import merge_windows, partition_windows
@@ -40,6 +40,12 @@ def test_bdsa_is_equation_1_in_both_directions(grid):
         expected = transcription.bdsa(module, ct[sample].T, pet[sample].T, grid)
         torch.testing.assert_close(new_ct[sample], expected[0], **TOLERANCE)
         torch.testing.assert_close(new_pet[sample], expected[1], **TOLERANCE)
+
+
+def test_attention_of_many_windows_is_that_of_each():
+    q, k, v = torch.randn(3, MOST_WINDOWS_AT_ONCE + 3, 1, 2, 1, dtype=torch.float64)
+    expected = torch.softmax(q @ k.transpose(-1, -2), dim=-1) @ v
+    torch.testing.assert_close(attend(q, k, v), expected, **TOLERANCE)
 
 
 @pytest.mark.parametrize(

@@ -77,7 +77,8 @@ def test_the_stock_network_can_be_sized_alike(preprocessed):
 def test_a_patch_that_does_not_divide_is_raised_and_said_so(preprocessed, capsys):
     assert main(["-d", "711", "-c", "3d_fullres", "--patch-size", "30", "32", "32"]) == 0
     printed = capsys.readouterr().out
-    patch = json.loads((preprocessed / "nnUNetH2ASegPlans.json").read_text())["configurations"]["3d_fullres"]["patch_size"]
+    plans = json.loads((preprocessed / "nnUNetH2ASegPlans.json").read_text())
+    patch = plans["configurations"]["3d_fullres"]["patch_size"]
     assert patch != [30, 32, 32]
     assert f"[30, 32, 32] becomes {patch}" in printed
 

@@ -114,7 +114,9 @@ def test_the_order_of_the_channels_stands_in_the_plans(make_trainer):
     written = json.loads(json.dumps(trainer.plans_manager.plans))
     assert written[PLANS_KEY] == {"ct_channel": 1, "pet_channel": 0, "region_based": False}
     manager = PlansManager(written)
-    rebuilt = nnUNetTrainerH2ASeg.build_network_architecture(manager, manager.get_configuration("3d_fullres"), 2, 2, False)
+    rebuilt = nnUNetTrainerH2ASeg.build_network_architecture(
+        manager, manager.get_configuration("3d_fullres"), 2, 2, False
+    )
     rebuilt.load_state_dict(trainer.network.state_dict())
     trainer.set_deep_supervision_enabled(False)
     x = torch.randn(1, 2, 32, 32, 32)
