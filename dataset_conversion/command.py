@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -109,7 +110,10 @@ def _execute(recipe: Recipe, arguments: argparse.Namespace) -> int:
     )
     stale = raw_dataset.stale_preprocessed_splits(dataset.name, outcome.splits)
     if stale is not None:
-        print_error(f"warning: {stale} holds other folds than the new dataset and nnU-Net would stop; type: rm {stale}")
+        print_error(
+            f"warning: {stale} holds other folds than the new dataset and nnU-Net would stop; "
+            f"type: rm {shlex.quote(str(stale))}"
+        )
     print("next:")
     commands = raw_dataset.next_commands(
         arguments.dataset_id, len(outcome.splits), outcome.test_cases > 0, dataset.name

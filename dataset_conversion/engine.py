@@ -60,11 +60,13 @@ def _where(error: BaseException) -> str:
 
 
 def _start_worker() -> None:
-    """Keep a worker to one thread, and let it end with the process that started it."""
+    """Keep a worker to one thread, leave Ctrl-C to the process that started it, and end with that process."""
     import multiprocessing
+    import signal
 
     import SimpleITK as sitk
 
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     sitk.ProcessObject.SetGlobalDefaultNumberOfThreads(1)
     parent = multiprocessing.parent_process()
     if parent is None:
@@ -80,6 +82,7 @@ def _start_worker() -> None:
 def _convert_all(
     recipe: Recipe, jobs: Sequence[tuple[Case, str]], workspace: Path, processes: int, tick: Callable[[], None]
 ) -> list[Refusal]:
+    """Convert all jobs; returns what could not be converted."""
     refusals: list[Refusal] = []
     if processes <= 1 or len(jobs) <= 1:
         for case, mark in jobs:
@@ -87,30 +90,49 @@ def _convert_all(
             refusals += [] if refusal is None else [refusal]
             tick()
         return refusals
+    refusals, left = _convert_in_pool(recipe, jobs, workspace, min(processes, len(jobs)), tick)
+    for job in left:
+        # A worker was killed, as a rule for want of memory, and took the others' work along: one by one from here on.
+        again, lost = _convert_in_pool(recipe, [job], workspace, 1, tick)
+        refusals += again
+        if lost:
+            what = "its worker process died, twice (out of memory?)"
+            refusals.append(Refusal(job[0].case_id, what, "free memory and run again: finished cases are kept"))
+            tick()
+    return refusals
+
+
+def _convert_in_pool(
+    recipe: Recipe, jobs: Sequence[tuple[Case, str]], workspace: Path, workers: int, tick: Callable[[], None]
+) -> tuple[list[Refusal], list[tuple[Case, str]]]:
+    """Convert jobs in worker processes; returns refusals, and the jobs not done because a worker died."""
     import multiprocessing
     from concurrent.futures import ProcessPoolExecutor, as_completed
     from concurrent.futures.process import BrokenProcessPool
 
+    refusals: list[Refusal] = []
+    left: list[tuple[Case, str]] = []
     context = multiprocessing.get_context("spawn")
-    workers = min(processes, len(jobs))
     with ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker) as pool:
-        futures = {pool.submit(_convert_one, recipe, case, mark, workspace): case for case, mark in jobs}
+        futures = {}
         try:
+            for job in jobs:
+                try:
+                    futures[pool.submit(_convert_one, recipe, *job, workspace)] = job
+                except BrokenProcessPool:
+                    left.append(job)
             for future in as_completed(futures):
                 try:
                     refusal = future.result()
                 except BrokenProcessPool:
-                    refusal = Refusal(
-                        futures[future].case_id,
-                        "a worker process died (out of memory?)",
-                        "run again with -np 1: finished cases are kept",
-                    )
+                    left.append(futures[future])
+                    continue
                 refusals += [] if refusal is None else [refusal]
                 tick()
         except KeyboardInterrupt:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
-    return refusals
+    return refusals, sorted(left, key=lambda job: job[0].case_id)
 
 
 def unique_cases(discovery: Discovery) -> None:

@@ -216,7 +216,7 @@ def test_killed_run_leaves_nothing_and_resumes(raw: Path, source: Path, processe
     if existing:
         assert convert(source) == 0
     published = tree(raw / DATASET) if existing else {}
-    write_patients(source, *range(2, 17))
+    write_patients(source, *range(2, 13))
     run = subprocess.Popen(
         command(source, "-np", processes), env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
@@ -233,12 +233,58 @@ def test_killed_run_leaves_nothing_and_resumes(raw: Path, source: Path, processe
     time.sleep(0.5)  # orphaned workers, if any, must not write on
     again = subprocess.run(command(source, "-np", "1"), env=environment(), capture_output=True, text=True, check=False)
     assert again.returncode == 0, again.stderr
-    assert "16 cases converted" not in again.stdout
+    assert "12 cases converted" not in again.stdout
     resumed = tree(raw / DATASET)
     assert sorted(path.name for path in raw.iterdir()) == [DATASET]
     shutil.rmtree(raw)
     assert convert(source) == 0
     assert resumed == tree(raw / DATASET)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="needs POSIX signals and pgrep")
+def test_a_killed_worker_costs_no_case(raw: Path, source: Path, tmp_path: Path) -> None:
+    """The work of a dead worker is done again; the dataset is the same as ever."""
+    write_patients(source, *range(1, 11))
+    errors = tmp_path / "errors.txt"
+    with errors.open("w") as stream:
+        run = subprocess.Popen(
+            command(source, "-np", "2"), env=environment(), stdout=subprocess.PIPE, stderr=stream, text=True
+        )
+        workers: list[str] = []
+        while run.poll() is None and not (raw / f".h2a_{DATASET}" / "cases").is_dir():
+            time.sleep(0.002)
+        listed = subprocess.run(["ps", "-o", "pid=,args=", "--ppid", str(run.pid)], capture_output=True, text=True)
+        workers = [line.split()[0] for line in listed.stdout.splitlines() if "spawn_main" in line]
+        assert workers, "the run was over before a worker could be killed"
+        os.kill(int(workers[0]), signal.SIGKILL)
+        printed = run.communicate(timeout=120)[0]
+    assert run.returncode == 0, errors.read_text()
+    assert "10 cases converted, 0 kept from an earlier run, 0 refused" in printed
+    assert "Traceback" not in errors.read_text()
+
+
+@pytest.mark.skipif(os.name == "nt", reason="SIGINT to a process group is POSIX")
+@pytest.mark.parametrize("processes", ["1", "2"])
+def test_ctrl_c_is_one_line_and_resumes(raw: Path, source: Path, processes: str) -> None:
+    write_patients(source, *range(1, 11))
+    run = subprocess.Popen(
+        command(source, "-np", processes),
+        env=environment(),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    while run.poll() is None and not (raw / f".h2a_{DATASET}" / "cases").is_dir():
+        time.sleep(0.002)
+    os.killpg(run.pid, signal.SIGINT)
+    error = run.communicate(timeout=60)[1]
+    assert run.returncode == 130
+    assert "interrupted" in error
+    assert "Traceback" not in error
+    assert not (raw / DATASET).exists()
+    assert convert(source) == 0
+    assert json.loads((raw / DATASET / "dataset.json").read_text())["numTraining"] == 10
 
 
 def test_killed_between_the_two_renames(raw: Path, source: Path) -> None:

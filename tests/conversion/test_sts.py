@@ -478,3 +478,91 @@ def test_headers_helper_is_what_the_suv_tests_use() -> None:
     from dataset_conversion.suv import suvbw_scale_factors
 
     assert suvbw_scale_factors([pet_header()]) == pytest.approx([ONE_HOUR], rel=1e-9)
+
+
+def test_oblique_series_keep_their_grid(raw: Path, source: Path) -> None:
+    patient = Patient(source, "STS_001")
+    angle = np.deg2rad(12.0)
+    row, column = [np.cos(angle), np.sin(angle), 0.0], [-np.sin(angle), np.cos(angle), 0.0]
+    turn = np.stack([row, column, [0.0, 0.0, 1.0]], axis=1)
+    orientation = [round(float(value), 8) for value in (*row, *column)]
+    ct = patient.write_ct(orientation=orientation)
+    patient.write_pet(orientation=orientation, origin=tuple(turn @ np.array([1.0, 1.0, 0.0])))
+    ball = {
+        index: [(np.array(contour).reshape(-1, 3) @ turn.T).ravel().tolist() for contour in contours]
+        for index, contours in patient.ball().items()
+    }
+    write_rtstruct(source / "rt.dcm", patient.study, ct, {"GTV_Mass": ball}, description="RTstructCT")
+    assert convert(source) == 0
+    ct_image, pet_image, label = load(raw, "STS_001")
+    np.testing.assert_allclose(np.array(label.GetDirection()).reshape(3, 3), turn, atol=1e-6)
+    np.testing.assert_array_equal(sitk.GetArrayFromImage(ct_image), patient.ct_values())
+    assert dice(sitk.GetArrayFromImage(label) > 0, patient.expected((40, 36, 12), 2.0, 0.0)) >= 0.99
+    z, y, x = np.mgrid[0:12, 1:35, 1:39]
+    linear = (1000 + 40 * (2 * x - 1) / 4 + 30 * (2 * y - 1) / 4 + 20 * z) * ONE_HOUR
+    np.testing.assert_allclose(sitk.GetArrayFromImage(pet_image)[:, 1:35, 1:39], linear, rtol=1e-3)
+    assert any("oblique" in text for text in report(raw)["cases"]["STS_001"]["warnings"])
+
+
+def test_compressed_slices(raw: Path, source: Path) -> None:
+    from pydicom.uid import RLELossless
+
+    patient = Patient(source, "STS_001").write()
+    for path in (source / "ct").iterdir():
+        dataset = pydicom.dcmread(path)
+        dataset.compress(RLELossless)
+        dataset.save_as(path)
+    assert convert(source) == 0
+    np.testing.assert_array_equal(sitk.GetArrayFromImage(load(raw, "STS_001")[0]), patient.ct_values())
+
+
+def test_identical_copies_of_slices_are_left_out(raw: Path, source: Path) -> None:
+    patient = Patient(source, "STS_001").write()
+    shutil.copytree(source / "pet", source / "backup")
+    assert convert(source) == 0
+    assert load(raw, "STS_001")[1].GetSize() == (40, 36, 12)
+    assert patient.slices == 12
+
+
+def test_pet_of_another_examination_is_refused(raw: Path, source: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    patient = Patient(source, "STS_001")
+    ct = patient.write_ct()
+    write_rtstruct(source / "rt.dcm", patient.study, ct, {"GTV_Mass": patient.ball()}, description="RTstructCT")
+    other = Patient(source, "STS_001")
+    other.write_pet()
+    assert convert(source) == 2
+    assert "frame of reference" in capsys.readouterr().err
+
+
+def test_pet_far_from_the_tumour_is_refused(raw: Path, source: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    patient = Patient(source, "STS_001")
+    ct = patient.write_ct()
+    patient.write_pet(origin=(1.0, 1.0, 500.0))
+    write_rtstruct(source / "rt.dcm", patient.study, ct, {"GTV_Mass": patient.ball()}, description="RTstructCT")
+    assert convert(source) == 2
+    assert "does not cover the tumour" in capsys.readouterr().err
+
+
+def test_odd_contours_of_other_rois_do_not_matter(raw: Path, source: Path) -> None:
+    Patient(source, "STS_001").write()
+    for path in (source / "rt").iterdir():
+        dataset = pydicom.dcmread(path)
+        dataset.ROIContourSequence[1].ContourSequence[0].ContourGeometricType = "OPEN_NONPLANAR"
+        dataset.save_as(path)
+    assert convert(source) == 0
+
+
+def test_every_slice_gets_its_own_factor(raw: Path, source: Path) -> None:
+    """Without decay correction the factor grows with the slice's acquisition time; files are in shuffled order."""
+    patient = Patient(source, "STS_001")
+    pet = patient.write_pet(DecayCorrection="NONE", CorrectedImage=["ATTN", "SCAT"])
+    for index, path in enumerate(pet):
+        edit(path, AcquisitionTime=f"11{3 * index:02d}00")
+    patient.write_ct()
+    write_rtstruct(source / "rt.dcm", patient.study, pet, {"GTV_Mass": patient.ball()}, description="RTstructPET")
+    assert convert(source, "--grid", "pet") == 0
+    rate = np.log(2) / 6586.2
+    middle = np.log(rate * 120 / (1 - np.exp(-rate * 120))) / rate
+    factors = 70_000.0 / DOSE_BQ * 2 ** ((3600 + 180 * np.arange(12) + middle) / 6586.2)
+    expected = patient.pet_values() * factors[:, None, None]
+    np.testing.assert_allclose(sitk.GetArrayFromImage(load(raw, "STS_001")[1]), expected, rtol=1e-6)
