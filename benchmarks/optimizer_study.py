@@ -4,7 +4,9 @@ Trains nnUNetTrainerH2ASeg on a preprocessed phantom with a shortened schedule (
 setting and seed a run, and appends the held-out Dice to a file of JSON lines. Runs that are in the file are skipped,
 so the study can be stopped and started again. docs/optimizer.md holds the table.
 
-    python benchmarks/optimizer_study.py -d 901 -p nnUNetStudyPlans -o study.jsonl --seeds 0 1 2 3 4
+    h2a_demo -o demo_output                    # its dataset and plans serve; point the nnUNet_* variables below it
+    python benchmarks/optimizer_study.py -d 901 -o study.jsonl --seeds 0 1 2
+    python benchmarks/optimizer_study.py -o study.jsonl --table
 """
 
 from __future__ import annotations
@@ -89,17 +91,36 @@ def run(arguments: argparse.Namespace, setting: str, seed: int) -> dict:
     }
 
 
+def table(file: Path) -> str:
+    """Markdown table of a file of results: one row a setting, one column a seed."""
+    results = [json.loads(line) for line in file.read_text().splitlines()]
+    seeds = sorted({r["seed"] for r in results})
+    rows = ["| setting | " + " | ".join(f"seed {s}" for s in seeds) + " | mean | last training loss |"]
+    rows.append("|---" * (len(seeds) + 3) + "|")
+    for setting in SETTINGS:
+        runs = {r["seed"]: r for r in results if r["setting"] == setting}
+        if runs:
+            scores = [f"{runs[s]['dice']:.2f}" if s in runs else "–" for s in seeds]
+            mean, loss = (np.mean([r[key] for r in runs.values()]) for key in ("dice", "last_loss"))
+            rows.append(f"| {setting} | {' | '.join(scores)} | {mean:.2f} | {loss:.2f} |")
+    return "\n".join(rows)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("-d", "--dataset", type=int, default=901)
-    parser.add_argument("-p", "--plans", default="nnUNetStudyPlans")
+    parser.add_argument("-p", "--plans", default="nnUNetH2ASegDemoPlans")
     parser.add_argument("-o", "--output", type=Path, required=True)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=list(SETTINGS))
-    parser.add_argument("--epochs", type=int, default=20)
+    parser.add_argument("--epochs", type=int, default=12)
     parser.add_argument("--iterations", type=int, default=20)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--table", action="store_true", help="print the table of what is in the file, train nothing")
     arguments = parser.parse_args()
+    if arguments.table:
+        print(table(arguments.output))
+        return
     torch.set_num_threads(arguments.threads)
     for seed in arguments.seeds:
         for setting in arguments.settings:

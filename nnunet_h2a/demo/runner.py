@@ -14,6 +14,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from nnunet_h2a._autoreg import SWITCH
 from nnunet_h2a.command import CommandError
 
 #: Makes runs on few CPU cores several times faster; see docs/demo.md. Harmless on a GPU.
@@ -44,7 +45,7 @@ class CommandRunner:
         self.folders = {name: self.output / name for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")}
         for folder in self.folders.values():
             folder.mkdir(exist_ok=True)
-        settings = {name: str(folder) for name, folder in self.folders.items()} | CPU_SETTINGS
+        settings = {name: str(folder) for name, folder in self.folders.items()} | CPU_SETTINGS | {SWITCH: "1"}
         self.environment = os.environ | settings
         lines = [f"export {name}={shlex.quote(value)}" for name, value in settings.items()]
         self.script.write_text("\n".join(lines) + "\n", encoding="utf-8")

@@ -13,7 +13,6 @@ from nnunet_h2a.networks.precision import InstanceNorm
 from nnunet_h2a.networks.residual import same_conv
 from nnunet_h2a.networks.windows import merge_windows, partition_windows
 
-
 #: Most windows that go into one attention call: CUDA's kernels put them on a grid axis of 65,535 blocks.
 MOST_WINDOWS_AT_ONCE = 32768
 
