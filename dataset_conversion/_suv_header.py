@@ -16,6 +16,7 @@ from dataset_conversion.errors import ConversionError
 _TM = re.compile(r"^(\d{2}):?(\d{2})?:?(\d{2})?(\.\d+)?$")
 _DA = re.compile(r"^(\d{4})[.-]?(\d{2})[.-]?(\d{2})$")
 _DT = re.compile(r"^(\d{8})(\d{2})(\d{2})(\d{2})?(\.\d+)?([+-]\d{4})?$")
+_DT_WITHOUT_TIME = re.compile(r"^\d{4}(\d{2}){0,3}([+-]\d{4})?$")
 _OFFSET = re.compile(r"^([+-])(\d{2})(\d{2})$")
 
 
@@ -42,15 +43,20 @@ def _plain(value: Any) -> Any:
     return value
 
 
+def _text(value: Any) -> str:
+    """Return an element's value as text without padding, "" for an empty one; of VR UN the bytes are decoded."""
+    value = _plain(value)
+    if isinstance(value, bytes):
+        value = value.decode("ascii", errors="replace")
+    return "" if value is None else str(value).strip(" \t\r\n\0")
+
+
 def read_text(header: Dataset, keyword: str) -> str:
     """Return the element as stripped text, "" where it is missing or empty."""
     try:
-        value = _plain(header.get(keyword))
+        return _text(header.get(keyword))
     except (ValueError, TypeError, AttributeError, NotImplementedError, OverflowError) as error:
         raise SUVError(f"{tag_label(keyword)} cannot be read ({error})", "correct the tag") from error
-    if isinstance(value, bytes):
-        value = value.decode("ascii", errors="replace")
-    return "" if value is None else str(value).strip().strip("\0").strip()
 
 
 def read_number(header: Dataset, keyword: str) -> float | None:
@@ -73,32 +79,30 @@ def parse_number(text: str, label: str) -> float:
 def read_private_text(header: Dataset, group: int, element: int, creator: str) -> tuple[str, bool]:
     """Return (text, by_number) of private element ``(group, xx<element>)`` of ``creator``.
 
-    The block is found by its creator element. De-identification often deletes that element; only then is the tag read
-    where vendors put it, in block 10 (``by_number`` is True). A block that belongs to another creator is never read.
+    The block is found by its creator element, in any case and padding, for exports that know no private tags write it
+    as bytes (VR UN). De-identification often deletes or empties that element; only then is the tag read where vendors
+    put it, in block 10 (``by_number`` is True). A block that belongs to another creator is never read.
     """
     elements = []
     by_number = False
     creators = {}
     for block in range(0x10, 0x100):
         if (group, block) in header:
-            creators[block] = str(header[group, block].value).strip()
+            creators[block] = _text(header[group, block].value).casefold()
     for block, name in creators.items():
-        if name == creator:
+        if name == creator.casefold():
             elements.append((group, (block << 8) | element))
-    if not elements and 0x10 not in creators:
+    if not elements and not creators.get(0x10):
         elements.append((group, 0x1000 | element))
         by_number = True
     for tag in elements:
         if tag not in header:
             continue
         try:
-            value = _plain(header[tag].value)
+            text = _text(header[tag].value)
         except (ValueError, TypeError) as error:
             label = f"({group:04X},{tag[1]:04X})"
             raise SUVError(f"{label} of {creator} cannot be read ({error})", "correct the tag") from error
-        if isinstance(value, bytes):
-            value = value.decode("ascii", errors="replace")
-        text = "" if value is None else str(value).strip().strip("\0").strip()
         if text:
             return text, by_number
     return "", False
@@ -212,6 +216,8 @@ def parse_datetime(text: str, label: str, utc_offset: str = "") -> datetime:
     known; else the clock time is taken as written, for the DA and TM tags it is compared with have no zone either.
     """
     match = _DT.match(text)
+    if match is None and _DT_WITHOUT_TIME.match(text):
+        raise SUVError(f"{label} is {text!r}: its time of day is missing", "add it: YYYYMMDDHHMMSS")
     if match is None:
         raise SUVError(f"{label} is {text!r}, not a DICOM date-time", "correct the tag to YYYYMMDDHHMMSS")
     day, hours, minutes, seconds, fraction, offset = match.groups()

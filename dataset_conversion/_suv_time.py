@@ -60,15 +60,21 @@ def _nearest_day(moment: datetime, anchor: datetime) -> datetime:
 
 
 def acquisition_times(headers: SeriesHeaders, notes: Notes) -> list[datetime]:
-    """Return the acquisition date-time of every slice, from (0008,0022) + (0008,0032), else (0008,002A)."""
+    """Return the acquisition date-time of every slice, from (0008,0022) + (0008,0032), else (0008,002A).
+
+    Where the acquisition date is missing, the day that brings the time nearest to the series date-time is taken, so
+    that beds after midnight come out after it.
+    """
     utc_offset = headers.text("TimezoneOffsetFromUTC")
-    times = headers.texts("AcquisitionTime")
-    dates = headers.texts("AcquisitionDate")
-    joint = headers.texts("AcquisitionDateTime")
-    series_dates = headers.texts("SeriesDate")
     result = []
     date_assumed = False
-    for time, day, moment, series_day in zip(times, dates, joint, series_dates, strict=True):
+    for time, day, moment, series_day, series_time in zip(
+        *map(
+            headers.texts,
+            ("AcquisitionTime", "AcquisitionDate", "AcquisitionDateTime", "SeriesDate", "SeriesTime"),
+        ),
+        strict=True,
+    ):
         if not time and moment:
             result.append(parse_datetime(moment, tag_label("AcquisitionDateTime"), utc_offset))
             continue
@@ -77,18 +83,22 @@ def acquisition_times(headers: SeriesHeaders, notes: Notes) -> list[datetime]:
                 f"{tag_label('AcquisitionTime')} is missing",
                 "the decay reference cannot be told without it: restore the tag",
             )
-        if not day and series_day:
-            date_assumed = True
-        if not (day or series_day):
+        clock = parse_time(time, tag_label("AcquisitionTime"))
+        if day:
+            result.append(parse_date(day, tag_label("AcquisitionDate")) + clock)
+            continue
+        if not series_day:
             raise SUVError(
                 f"{tag_label('AcquisitionDate')} and {tag_label('SeriesDate')} are missing", "restore one of the dates"
             )
-        midnight = (
-            parse_date(day, tag_label("AcquisitionDate")) if day else parse_date(series_day, tag_label("SeriesDate"))
-        )
-        result.append(midnight + parse_time(time, tag_label("AcquisitionTime")))
+        date_assumed = True
+        midnight = parse_date(series_day, tag_label("SeriesDate"))
+        if series_time:
+            result.append(_nearest_day(midnight + clock, midnight + parse_time(series_time, tag_label("SeriesTime"))))
+        else:
+            result.append(midnight + clock)
     if date_assumed:
-        notes.warn(f"{tag_label('AcquisitionDate')} is missing; the series date was taken")
+        notes.warn(f"{tag_label('AcquisitionDate')} is missing; the day nearest to the series date and time was taken")
     if max(result) - min(result) > _DAY / 2 and len({moment.date() for moment in result}) == 1:
         notes.warn(
             "acquisition times of one date lie more than 12 h apart: beds after midnight were moved to the next day"
@@ -305,36 +315,42 @@ def injection_time(headers: SeriesHeaders, reference: datetime, half_life_s: flo
                 "the date-time was taken"
             )
         return _accept(date_time, reference, half_life_s, "RadiopharmaceuticalStartDateTime (0018,1078)", notes)
+    apart = ""
     if date_time is not None:
-        apart = f"{date_time.isoformat()}, {_hours(reference - date_time)} before the decay reference {reference}"
-        if clock is None:
-            raise SUVError(
-                f"{tag_label('RadiopharmaceuticalStartDateTime')} is {apart}",
-                f"it must lie 0 to {_hours(limit)} before it: correct the tag, or add "
-                f"{tag_label('RadiopharmaceuticalStartTime')} where only the date was shifted",
-            )
-        if _clock_difference(date_time, clock) > CLOCK_TOLERANCE_S:
-            raise SUVError(
-                f"{tag_label('RadiopharmaceuticalStartDateTime')} is {apart}, and contradicts "
-                f"{tag_label('RadiopharmaceuticalStartTime')} {time_text}",
-                "correct one of the two tags",
-            )
-        notes.warn(
-            f"{tag_label('RadiopharmaceuticalStartDateTime')} is {apart}: its date seems shifted by "
-            "de-identification; only the time of day was used"
+        apart = (
+            f"{tag_label('RadiopharmaceuticalStartDateTime')} is {date_time.isoformat()}, "
+            f"{_hours(reference - date_time)} before the decay reference {reference}"
         )
     if clock is None:
-        raise SUVError(f"{tag_label('RadiopharmaceuticalStartTime')} is missing", "restore the tag")
+        raise SUVError(
+            apart,
+            f"it must lie 0 to {_hours(limit)} before it: correct the tag, or add "
+            f"{tag_label('RadiopharmaceuticalStartTime')} where only the date was shifted",
+        )
     moment = datetime(reference.year, reference.month, reference.day) + clock
-    if moment > reference:
+    crossed = moment > reference
+    if crossed:
         moment -= _DAY
-        notes.provenance["injection_crossed_midnight"] = True
+    differ = date_time is not None and _clock_difference(date_time, clock) > CLOCK_TOLERANCE_S
+    if differ:
+        # Within a day any time of day lies before the scan: for long-lived nuclides that would prove nothing.
+        limit = timedelta(seconds=MAX_UPTAKE_S)
     if reference - moment > limit:
         raise SUVError(
             f"{tag_label('RadiopharmaceuticalStartTime')} is {time_text}: taken on the day of the scan or the day "
-            f"before, injection lies {_hours(reference - moment)} before the decay reference {reference}",
+            f"before, injection lies {_hours(reference - moment)} before the decay reference {reference}"
+            + (f"; {apart}" if apart else ""),
             f"it must lie 0 to {_hours(limit)} before it: correct the tag",
         )
+    if crossed:
+        notes.provenance["injection_crossed_midnight"] = True
+    if differ:
+        notes.warn(
+            f"{apart}, and differs from {tag_label('RadiopharmaceuticalStartTime')} {time_text}, which is plausible "
+            "and was taken"
+        )
+    elif date_time is not None:
+        notes.warn(f"{apart}: its date seems shifted by de-identification; only the time of day was used")
     if half_life_s > _DAY.total_seconds():
         notes.warn(
             f"only a time of day is known for the injection of a nuclide with a half-life of "
@@ -352,7 +368,10 @@ def _injection_date_time(headers: SeriesHeaders, notes: Notes) -> datetime | Non
         return parse_datetime(text, tag_label(keyword), headers.text("TimezoneOffsetFromUTC"))
     except SUVError as error:
         if not headers.text("RadiopharmaceuticalStartTime", nested=True):
-            raise
+            raise SUVError(
+                f"{error.what}, and {tag_label('RadiopharmaceuticalStartTime')} is missing",
+                f"{error.remedy}, or restore {tag_label('RadiopharmaceuticalStartTime')}",
+            ) from error
         notes.warn(f"{error.what}; it was passed over")
         return None
 

@@ -260,5 +260,5 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--drop-negatives", action="store_true", help="leave out studies without a lesion")
     arguments = parser.parse_args(argv)
     options = {"grid": arguments.grid, "drop_negatives": arguments.drop_negatives}
-    recipe = Recipe("h2a_convert_autopet", SPEC, options, discover, convert, describe)
+    recipe = Recipe("h2a_convert_autopet", SPEC, options, discover, convert, describe, unit="studies")
     return execute(recipe, arguments)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -33,18 +34,37 @@ class Case:
     payload: Any = None
     variant: str = ""
 
+    @property
+    def folder(self) -> str | None:
+        """The folder that holds all its files."""
+        folders = {os.path.dirname(path) for path in self.files}
+        return os.path.commonpath(folders) if folders else None
+
 
 @dataclass(frozen=True)
 class Refusal:
-    """Why a patient or study is not in the dataset."""
+    """Why a patient or study is not in the dataset.
+
+    Attributes:
+        subject: the case, or the name of a file that belongs to no known one.
+        what, remedy, file: as in ``ConversionError``.
+        of_case: False where ``subject`` is a file.
+    """
 
     subject: str
     what: str
     remedy: str | None = None
     file: str | None = None
+    of_case: bool = True
+
+    @classmethod
+    def of(cls, case: Case, error: ConversionError) -> Refusal:
+        """Return the refusal of a case; an error that names no file gets the folder of the case's files."""
+        return cls(case.case_id, error.what, error.remedy, error.file or case.folder)
 
     def __str__(self) -> str:
-        return f"{self.subject}: {ConversionError(self.what, self.remedy, self.file)}"
+        text = f"{self.subject}: {ConversionError(self.what, self.remedy, self.file)}"
+        return text.replace("\r", " ").replace("\n", " ")
 
 
 @dataclass
@@ -103,6 +123,7 @@ class Recipe:
         discover: (source, options, progress) -> Discovery.
         convert: (case, options, writer) -> record for the report; raises ConversionError.
         describe: (case, options) -> one line for ``--dry-run``; raises ConversionError where convert would early on.
+        unit: what its cases are, for messages.
     """
 
     command: str
@@ -111,6 +132,7 @@ class Recipe:
     discover: Callable[[Path, Mapping[str, Any], Callable[[], None]], Discovery]
     convert: Callable[[Case, Mapping[str, Any], CaseWriter], dict[str, Any]]
     describe: Callable[[Case, Mapping[str, Any]], str]
+    unit: str = "patients"
 
 
 @dataclass
@@ -125,6 +147,7 @@ class Outcome:
         notes: case to warnings.
         splits: the folds written.
         test_cases: how many cases went to imagesTs.
+        edits: what became of a user's changes to an earlier dataset.json.
     """
 
     dataset: Path
@@ -134,3 +157,4 @@ class Outcome:
     notes: dict[str, list[str]]
     splits: list[dict[str, list[str]]]
     test_cases: int
+    edits: list[str] = field(default_factory=list)

@@ -17,6 +17,7 @@ from dataset_conversion import raw_dataset
 from dataset_conversion.cases import Discovery, Recipe, Refusal
 from dataset_conversion.engine import run, split_test_cases, unique_cases
 from dataset_conversion.errors import ConversionError, UsageError
+from dataset_conversion.workspace import DATASET_JSON, REPORT
 
 MAX_NOTES = 20
 ALL_CONVERTED, SOME_REFUSED, NOTHING_DONE, INTERRUPTED = 0, 1, 2, 130
@@ -93,15 +94,18 @@ def _execute(recipe: Recipe, arguments: argparse.Namespace) -> int:
     unique_cases(discovery)
     if not discovery.cases:
         _report_refusals(discovery.refusals)
-        raise UsageError("holds nothing that can be converted", "see docs/conversion.md for what is looked for", source)
+        counted = f" ({_count_refusals(discovery.refusals, 0, recipe.unit)})" if discovery.refusals else ""
+        what = f"holds nothing that can be converted{counted}"
+        raise UsageError(what, "see docs/conversion.md for what is looked for", source)
     if arguments.dry_run:
         return _dry_run(recipe, discovery, dataset, arguments.test)
     processes = arguments.num_processes or default_processes()
     with _Bar("converting", "cases") as bar:
         outcome = run(recipe, source, dataset, discovery, processes, arguments.test, bar.start)
     _report_refusals(outcome.refusals)
+    summary = _count_refusals(outcome.refusals, len(outcome.converted) + len(outcome.kept), recipe.unit)
     if not outcome.splits:
-        print_error(f"{recipe.command}: no training case could be converted; no dataset was written")
+        print_error(f"{summary}; no training case could be converted, no dataset was written")
         return NOTHING_DONE
     _print_notes([f"note: {case_id}: {text}" for case_id, texts in outcome.notes.items() for text in texts])
     print(
@@ -114,13 +118,18 @@ def _execute(recipe: Recipe, arguments: argparse.Namespace) -> int:
             f"warning: {stale} holds other folds than the new dataset and nnU-Net would stop; "
             f"type: rm {shlex.quote(str(stale))}"
         )
+    for text in outcome.edits:
+        print_error(f"warning: {dataset / DATASET_JSON}: {text}")
     print("next:")
     commands = raw_dataset.next_commands(
         arguments.dataset_id, len(outcome.splits), outcome.test_cases > 0, dataset.name
     )
     for line in commands:
         print(f"  {line}")
-    return SOME_REFUSED if outcome.refusals else ALL_CONVERTED
+    if not outcome.refusals:
+        return ALL_CONVERTED
+    print_error(f"{summary}; see {dataset / REPORT}")
+    return SOME_REFUSED
 
 
 def _dry_run(recipe: Recipe, discovery: Discovery, dataset: Path, test: Sequence[str]) -> int:
@@ -131,19 +140,22 @@ def _dry_run(recipe: Recipe, discovery: Discovery, dataset: Path, test: Sequence
         try:
             line = recipe.describe(case, recipe.options)
         except ConversionError as error:
-            refusals.append(Refusal(case.case_id, error.what, error.remedy, error.file))
+            refusals.append(Refusal.of(case, error))
             continue
         print(f"  {case.case_id} ({'test' if case.case_id in test_ids else 'training'}): {line}")
     for name, reason in sorted(discovery.passed_over.items()):
         print(f"  {name}: left out, {reason}")
+    if not refusals:
+        return ALL_CONVERTED
     _report_refusals(refusals)
-    if len(refusals) >= len(discovery.cases) + len(discovery.refusals):
-        return NOTHING_DONE
-    return SOME_REFUSED if refusals else ALL_CONVERTED
+    good = len(discovery.cases) + len(discovery.refusals) - len(refusals)
+    print_error(f"{_count_refusals(refusals, good, recipe.unit)}; a dry run writes no report")
+    return SOME_REFUSED if good else NOTHING_DONE
 
 
 def print_error(text: str) -> None:
-    """Write one line to the error stream."""
+    """Write one line to the error stream, after all that was printed before."""
+    sys.stdout.flush()
     sys.stderr.write(f"{text}\n")
 
 
@@ -157,6 +169,13 @@ def _print_notes(lines: Sequence[str]) -> None:
 def _report_refusals(refusals: Sequence[Refusal]) -> None:
     for refusal in refusals:
         print_error(f"refused {refusal}")
+
+
+def _count_refusals(refusals: Sequence[Refusal], good: int, unit: str) -> str:
+    """Return e.g. ``1 of 3 patients refused``, files that belong to no known patient counted apart."""
+    refused = sum(refusal.of_case for refusal in refusals)
+    files = len(refusals) - refused
+    return f"{refused} of {refused + good} {unit} refused" + (f", {files} unreadable files" if files else "")
 
 
 class _Bar:

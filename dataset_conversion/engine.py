@@ -39,13 +39,16 @@ def _convert_one(recipe: Recipe, case: Case, mark: str, workspace: Path) -> Refu
         os.rename(work, target)
         return None
     except ConversionError as error:
-        return Refusal(case.case_id, error.what, error.remedy, error.file)
+        return Refusal.of(case, error)
     except MemoryError:
-        return Refusal(case.case_id, "not enough memory", "run again with a smaller -np: finished cases are kept")
+        remedy = "run again with a smaller -np: finished cases are kept"
+        return Refusal.of(case, ConversionError("not enough memory", remedy))
     except OSError as error:
-        return Refusal(case.case_id, f"{error.strerror or error}", "run again: finished cases are kept", error.filename)
+        remedy = "run again: finished cases are kept"
+        return Refusal.of(case, ConversionError(f"{error.strerror or error}", remedy, error.filename))
     except Exception as error:  # a single odd file must not stop the other patients, nor show a traceback
-        return Refusal(case.case_id, f"unexpected {_where(error)}", "please report this with the file's headers")
+        remedy = "please report this with the file's headers"
+        return Refusal.of(case, ConversionError(f"unexpected {_where(error)}", remedy))
     finally:
         shutil.rmtree(work, ignore_errors=True)
 
@@ -97,7 +100,8 @@ def _convert_all(
         refusals += again
         if lost:
             what = "its worker process died, twice (out of memory?)"
-            refusals.append(Refusal(job[0].case_id, what, "free memory and run again: finished cases are kept"))
+            remedy = "free memory and run again: finished cases are kept"
+            refusals.append(Refusal.of(job[0], ConversionError(what, remedy)))
             tick()
     return refusals
 
@@ -146,9 +150,8 @@ def unique_cases(discovery: Discovery) -> None:
             discovery.cases.append(cases[0])
         else:
             patients = ", ".join(repr(case.patient) for case in cases)
-            discovery.refusals.append(
-                Refusal(case_id, f"{len(cases)} patients or studies share this identifier ({patients})", "rename them")
-            )
+            what = f"{len(cases)} patients or studies share this identifier ({patients})"
+            discovery.refusals.append(Refusal(case_id, what, "rename them", cases[0].folder))
 
 
 def split_test_cases(discovery: Discovery, test: Sequence[str]) -> set[str]:

@@ -20,6 +20,10 @@ if TYPE_CHECKING:
 
 _CLOSED = ("CLOSED_PLANAR", "CLOSEDPLANAR_XOR")
 _WITHOUT_AREA = ("POINT", "OPEN_PLANAR")
+# Contours of one plane differ by what their coordinates were rounded to (STS_001: 4e-5 mm), and by no more.
+PLANE_MM = 0.01
+PLANE_RELATIVE = 0.01
+_Filled = tuple[np.ndarray, np.ndarray]
 
 
 @dataclass(frozen=True)
@@ -177,7 +181,7 @@ def rasterise(roi: Roi, stack: SliceStack) -> tuple[np.ndarray, list[str]]:
     for kind, count in sorted(roi.skipped.items()):
         notes.append(f"{count} contours of ROI {roi.name!r} were skipped ({kind}): they have no area")
     by_uid = {uid: index for index, uid in enumerate(stack.sop_uids) if uid}
-    planes: dict[tuple[int, float], list[tuple[np.ndarray, bool]]] = {}
+    on_slice: dict[int, list[tuple[float, np.ndarray, bool]]] = {}
     by_position = 0
     columns, rows, slices = stack.size
     outside = False
@@ -200,7 +204,7 @@ def rasterise(roi: Roi, stack: SliceStack) -> tuple[np.ndarray, list[str]]:
             )
         low, high = local[:, :2].min(axis=0), local[:, :2].max(axis=0)
         outside |= bool((low < -0.5).any() or high[0] > columns - 0.5 or high[1] > rows - 0.5)
-        planes.setdefault((index, round(height, 2)), []).append((local[:, :2], contour.exclusive))
+        on_slice.setdefault(index, []).append((height, local[:, :2], contour.exclusive))
     if by_position:
         notes.append(
             f"{by_position} of {len(roi.contours)} contours of ROI {roi.name!r} were placed by frame of reference and "
@@ -209,15 +213,16 @@ def rasterise(roi: Roi, stack: SliceStack) -> tuple[np.ndarray, list[str]]:
     if outside:
         notes.append(f"a part of ROI {roi.name!r} lies outside the image and was cut off")
     mask = np.zeros((slices, rows, columns), dtype=bool)
-    nested = 0
-    for (index, _), polygons in sorted(planes.items(), key=lambda item: item[0]):
+    counts: Counter[str] = Counter()
+    for index, contours in sorted(on_slice.items()):
         # Contours of one plane form holes among each other; those of another plane on the same slice never do.
-        filled, holes = _fill_plane(polygons, (rows, columns))
-        nested += holes
-        mask[index] |= filled
-    if nested:
-        notes.append(f"{nested} contours of ROI {roi.name!r} lie inside another one and were cut out as holes")
-    used = sorted({index for index, _ in planes})
+        for polygons in _planes(contours, max(PLANE_MM, PLANE_RELATIVE * stack.spacing[2])):
+            mask[index] |= _fill_plane(polygons, (rows, columns), counts)
+    if counts["holes"]:
+        notes.append(f"{counts['holes']} contours of ROI {roi.name!r} lie inside another one and were cut out as holes")
+    if counts["copies"]:
+        notes.append(f"{counts['copies']} contours of ROI {roi.name!r} are copies of another one and were left out")
+    used = sorted(on_slice)
     missing = used[-1] - used[0] + 1 - len(used)
     if missing:
         notes.append(f"{missing} slices between the first and last contour of ROI {roi.name!r} have no contour")
@@ -253,31 +258,54 @@ def _fill_polygon(polygon: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
     return mask
 
 
-def _fill_plane(polygons: list[tuple[np.ndarray, bool]], shape: tuple[int, int]) -> tuple[np.ndarray, int]:
-    """Combine the contours of one plane.
+def _planes(contours: list[tuple[float, np.ndarray, bool]], tolerance: float) -> list[list[tuple[np.ndarray, bool]]]:
+    """Divide the contours (height, polygon, exclusive) of one slice into planes, wherever heights leave a gap."""
+    planes: list[list[tuple[np.ndarray, bool]]] = []
+    last = -np.inf
+    for height, polygon, exclusive in sorted(contours, key=lambda item: item[0]):
+        if height - last > tolerance:
+            planes.append([])
+        planes[-1].append((polygon, exclusive))
+        last = height
+    return planes
 
-    CLOSED_PLANAR: one inside another is a hole, overlapping or separate ones are joined. CLOSEDPLANAR_XOR: exclusive
-    or, as the standard demands. Keyhole contours need no rule: their channel has no area.
+
+def _fill_plane(polygons: list[tuple[np.ndarray, bool]], shape: tuple[int, int], counts: Counter[str]) -> np.ndarray:
+    """Combine the contours of one plane; holes and copies are added to ``counts``.
+
+    CLOSED_PLANAR: overlapping or separate ones are joined, what lies inside of them is a hole, what lies inside of that
+    is filled again. CLOSEDPLANAR_XOR: exclusive or, as the standard demands. Keyhole contours need no rule: their
+    channel has no area.
     """
     exclusive = np.zeros(shape, dtype=bool)
-    plain = []
+    plain: list[_Filled] = []
     for polygon, is_exclusive in polygons:
         filled = _fill_polygon(polygon, shape)
         if is_exclusive:
             exclusive ^= filled
+        elif any(np.array_equal(filled, other) for _, other in plain):
+            # Drawn twice. As a hole in its own copy it would vanish, and as a second outer it would hide holes.
+            counts["copies"] += bool(filled.any())
         else:
-            plain.append((_area(polygon), polygon, filled))
-    plain.sort(key=lambda item: -item[0])
-    result = np.zeros(shape, dtype=bool)
-    holes = 0
-    for index, (_, polygon, filled) in enumerate(plain):
-        depth = sum(_contains(outer, outer_mask, polygon, filled) for _, outer, outer_mask in plain[:index])
-        if depth % 2:
-            holes += 1
-            result &= ~filled
+            plain.append((polygon, filled))
+    plain.sort(key=lambda item: -_area(item[0]))
+    return _fill_nested(plain, shape, 0, counts) | exclusive
+
+
+def _fill_nested(contours: list[_Filled], shape: tuple[int, int], depth: int, counts: Counter[str]) -> np.ndarray:
+    """Return the joined outermost contours without what lies inside of them; ``contours`` in falling order of area."""
+    joined = np.zeros(shape, dtype=bool)
+    outermost: list[np.ndarray] = []
+    inside: list[_Filled] = []
+    for polygon, filled in contours:
+        if _lies_inside(polygon, filled, outermost, joined):
+            inside.append((polygon, filled))
         else:
-            result |= filled
-    return result | exclusive, holes
+            outermost.append(polygon)
+            joined |= filled
+    if depth % 2:
+        counts["holes"] += len(outermost)
+    return joined & ~_fill_nested(inside, shape, depth + 1, counts) if inside else joined
 
 
 def _area(polygon: np.ndarray) -> float:
@@ -285,10 +313,11 @@ def _area(polygon: np.ndarray) -> float:
     return abs(float(np.dot(x, np.roll(y, -1)) - np.dot(y, np.roll(x, -1)))) / 2.0
 
 
-def _contains(outer: np.ndarray, outer_mask: np.ndarray, inner: np.ndarray, inner_mask: np.ndarray) -> bool:
-    """True where the inner contour lies in the outer one; a second copy of the same contour does not count."""
+def _lies_inside(polygon: np.ndarray, filled: np.ndarray, outer: list[np.ndarray], joined: np.ndarray) -> bool:
+    """True where a contour lies in the joined outer ones, by its pixels and by nine tenths of its points."""
     from skimage.measure import points_in_poly
 
-    if (inner_mask & ~outer_mask).any() or np.array_equal(inner_mask, outer_mask):
+    if not outer or (filled & ~joined).any():
         return False
-    return float(np.mean(points_in_poly(inner, outer))) >= 0.9
+    within = np.any([points_in_poly(polygon, other) for other in outer], axis=0)
+    return float(np.mean(within)) >= 0.9

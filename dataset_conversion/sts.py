@@ -52,10 +52,12 @@ def discover(source: Path, options: Mapping[str, Any], progress: Callable[[], No
     for error in broken:
         # A file that cannot be read may be a slice of any patient, so it is reported and its patient is found
         # incomplete, if it is, by the gap it leaves.
-        discovery.refusals.append(Refusal(os.path.basename(error.file or "file"), error.what, error.remedy, error.file))
+        name = os.path.basename(error.file or "file")
+        discovery.refusals.append(Refusal(name, error.what, error.remedy, error.file, of_case=False))
     for patient, members in sorted(group_patients(files, source).items()):
-        used = tuple(file for file in members if file.modality in ("CT", "PT", "RTSTRUCT"))
-        if not used:
+        # MR is not converted, but which RTSTRUCT was drawn on it decides which one counts.
+        used = [file for file in members if file.modality in ("CT", "PT", "RTSTRUCT", "MR")]
+        if all(file.modality == "MR" for file in used):
             continue
         payload = PatientFiles.of(members)
         identifier = clean_identifier(patient) or "patient"
@@ -103,7 +105,8 @@ def convert(case: Case, options: Mapping[str, Any], writer: CaseWriter) -> dict[
         mask |= filled
         warnings += notes
     if not mask.any():
-        raise ConversionError("the tumour's contours enclose no voxel centre", None, selection.structure.path)
+        remedy = "check the contours, or leave the patient out"
+        raise ConversionError("the tumour's contours enclose no voxel centre", remedy, selection.structure.path)
     ct = resampling.oriented(read_volume(selection.ct))
     pet = resampling.oriented(read_volume(selection.pet, suv.factors))
     label = resampling.oriented(with_stack_geometry(sitk.GetImageFromArray(mask), drawn_on))
@@ -115,13 +118,15 @@ def convert(case: Case, options: Mapping[str, Any], writer: CaseWriter) -> dict[
     label_moved, label_resampled = resampling.onto_grid(label, reference, 0, nearest=True)
     voxels = np.argwhere(sitk.GetArrayViewFromImage(label_moved))[:, ::-1]
     if not len(voxels):
-        raise ConversionError("the tumour lies outside the images", None, selection.structure.path)
+        remedy = "give the images the contours belong to"
+        raise ConversionError("the tumour lies outside the images", remedy, selection.structure.path)
     if label_resampled:
         drawn = drawn_on.series.modality.replace("PT", "PET")
         warnings.append(f"the contours were drawn on the {drawn}; the mask was resampled (nearest)")
     inside = resampling.fraction_inside(voxels, reference, other)
     if inside == 0.0:
-        raise ConversionError(f"the {other_name} does not cover the tumour", None, selection.structure.path)
+        remedy = f"give the {other_name} series that does, or leave the patient out"
+        raise ConversionError(f"the {other_name} does not cover the tumour", remedy, selection.structure.path)
     if inside < 1.0:
         warnings.append(f"{1.0 - inside:.1%} of the tumour lies outside the {other_name}, filled with {fill:g} there")
     if resampling.is_oblique(reference):

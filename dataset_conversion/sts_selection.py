@@ -155,13 +155,40 @@ class _Stacks:
     """Measures series on demand, once."""
 
     def __init__(self) -> None:
-        self._known: dict[tuple[str, str], SliceStack] = {}
+        self._known: dict[tuple[str, str], SliceStack | ConversionError] = {}
 
     def __call__(self, series: ImageSeries) -> SliceStack:
         key = (series.modality, series.uid)
         if key not in self._known:
-            self._known[key] = read_stack(series)
-        return self._known[key]
+            try:
+                self._known[key] = read_stack(series)
+            except ConversionError as error:
+                self._known[key] = error
+        known = self._known[key]
+        if isinstance(known, ConversionError):
+            raise known
+        return known
+
+    def measurable(self, candidates: Sequence[ImageSeries], notes: list[str]) -> list[ImageSeries]:
+        """Return the candidates that are volumes: a scout or a screenshot beside them must not refuse the patient.
+
+        Raises:
+            ConversionError: none of them is.
+        """
+        kept, faults = [], []
+        for item in candidates:
+            try:
+                self(item)
+                kept.append(item)
+            except ConversionError as error:
+                faults.append((item, error))
+        if faults and not kept:
+            raise faults[0][1]
+        for item, error in faults:
+            note = f"{item} was not considered: {error.what.replace(str(item), 'it')}"
+            if note not in notes:
+                notes.append(note)
+        return kept
 
 
 def select(patient: PatientFiles, grid: str, wanted_rois: Sequence[str] = ()) -> Selection:
@@ -266,7 +293,11 @@ def _drawings(
         if not any(roi.contours for roi in rois):
             reasons.append(f"{structure}: ROI {rois[0].name!r} has no contours")
             continue
-        drawing = _place(structure, rois, patient, series, wanted, stacks)
+        try:
+            drawing = _place(structure, rois, patient, series, wanted, stacks, notes)
+        except ConversionError as error:
+            faults.append(error)
+            continue
         if isinstance(drawing, str):
             reasons.append(f"{structure} {drawing}")
         else:
@@ -305,8 +336,13 @@ def _place(
     series: Sequence[ImageSeries],
     wanted: str,
     stacks: _Stacks,
+    notes: list[str],
 ) -> _Drawing | str:
-    """Return the series a tumour was drawn on, or the reason why that cannot be told."""
+    """Return the series a tumour was drawn on, or the reason why that cannot be told.
+
+    Raises:
+        ConversionError: of the series it could be, none is a volume.
+    """
     contoured = set().union(*(roi.sop_uids() for roi in rois))
     named = next(
         (name for text in (rois[0].name, structure.description, structure.label) if (name := modality_in_name(text))),
@@ -323,11 +359,10 @@ def _place(
     if named_mr:
         return "was drawn on MR, by its name"
     candidates = {}
-    for item in series:
-        if named is None or item.modality == named:
-            deviation = max(plane_deviation(roi, stacks(item)) for roi in rois if roi.contours)
-            if deviation <= _HALF_SLICE:
-                candidates[item.uid] = (deviation, item)
+    for item in stacks.measurable([item for item in series if named in (None, item.modality)], notes):
+        deviation = max(plane_deviation(roi, stacks(item)) for roi in rois if roi.contours)
+        if deviation <= _HALF_SLICE:
+            candidates[item.uid] = (deviation, item)
     if not candidates:
         return "names slices that are not there, and its planes fit no CT or PET series of its frame of reference"
     best = min(deviation for deviation, _ in candidates.values())
@@ -349,6 +384,9 @@ def _companion(candidates: Sequence[ImageSeries], drawing: _Drawing, stacks: _St
     if len(candidates) == 1:
         return candidates[0]
     spoken = _SPOKEN[candidates[0].modality]
+    candidates = stacks.measurable(candidates, notes)
+    if len(candidates) == 1:
+        return candidates[0]
     filters: list[tuple[str, Callable[[ImageSeries], bool]]] = [
         ("frame of reference", lambda item: item.frame_of_reference == drawing.series.frame_of_reference),
         ("study", lambda item: item.study_uid == drawing.series.study_uid),

@@ -16,14 +16,18 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import nnunet_h2a
 from dataset_conversion.cases import Case, Discovery, Outcome, Recipe
 from dataset_conversion.errors import UsageError
 from dataset_conversion.raw_dataset import FILE_ENDING, make_splits, to_text
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+# To be raised with every change of what is selected from the same files or of what is written for them.
+RULES_VERSION = 2
 REPORT = "conversion_report.json"
 CASE_FILE = "case.json"
-_MANAGED = ("dataset.json", "splits_final.json", REPORT)
+DATASET_JSON = "dataset.json"
+_MANAGED = (DATASET_JSON, "splits_final.json", REPORT)
 
 
 def workspace_of(dataset: Path) -> Path:
@@ -65,12 +69,13 @@ def recover(dataset: Path, workspace: Path) -> None:
 
 
 def fingerprint(case: Case, recipe: Recipe, source: Path) -> str:
-    """Return a hash of everything a converted case depends on: settings, and its source files by path, size, time."""
+    """Return a hash of everything a converted case depends on: code, settings, source files by path, size and time."""
     files = []
     for path in sorted(case.files):
         status = os.stat(path)
         files.append([os.path.relpath(path, source), status.st_size, status.st_mtime_ns])
-    content = [FORMAT_VERSION, recipe.command, dict(recipe.options), case.case_id, case.patient, case.variant, files]
+    code = [FORMAT_VERSION, RULES_VERSION, nnunet_h2a.__version__]
+    content = [code, recipe.command, dict(recipe.options), case.case_id, case.patient, case.variant, files]
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
@@ -179,6 +184,7 @@ def publish(
     report = {
         "command": recipe.command,
         "format": FORMAT_VERSION,
+        "version": nnunet_h2a.__version__,
         "source": str(source.absolute()),
         "options": dict(recipe.options),
         "cases": records,
@@ -188,7 +194,8 @@ def publish(
         ],
         "passed_over": discovery.passed_over,
     }
-    (new / "dataset.json").write_text(to_text(recipe.spec.to_json(name, len(training))))
+    content, outcome.edits = _with_edits(recipe.spec.to_json(name, len(training)), dataset / DATASET_JSON)
+    (new / DATASET_JSON).write_text(to_text(content))
     (new / "splits_final.json").write_text(to_text(outcome.splits))
     (new / REPORT).write_text(to_text(report))
     _carry_over(dataset, new, published)
@@ -197,6 +204,25 @@ def publish(
         os.rename(dataset, old)
     os.rename(new, dataset)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def _with_edits(content: dict[str, Any], published: Path) -> tuple[dict[str, Any], list[str]]:
+    """Return dataset.json with the channel names of an earlier one, which users may change, and lines on all edits."""
+    if not published.exists():
+        return content, []
+    old = _load_json(published)
+    if not isinstance(old, dict):
+        return content, ["cannot be read as JSON and was written anew; edits, if any, must be made again"]
+    lines = []
+    names = old.get("channel_names")
+    if names != content["channel_names"] and isinstance(names, dict) and set(names) == set(content["channel_names"]):
+        content = {**content, "channel_names": names}
+        lines.append(f"channel_names {names} of the earlier dataset.json were kept")
+    own = {"numTraining"}
+    lost = sorted(key for key in {*old, *content} - own if old.get(key) != content.get(key))
+    if lost:
+        lines.append(f"differed from what was written now in {', '.join(lost)}; edits there must be made again")
+    return content, lines
 
 
 def _carry_over(dataset: Path, new: Path, published: Mapping[str, dict[str, Any]]) -> None:

@@ -9,6 +9,8 @@ from pathlib import Path
 
 #: Exit code of a command that did nothing.
 NOTHING_DONE = 2
+#: Exit code of a command that Ctrl-C has ended.
+INTERRUPTED = 130
 
 
 class CommandError(Exception):
@@ -16,12 +18,17 @@ class CommandError(Exception):
 
 
 def run_command(action: Callable[[], int]) -> int:
-    """Run ``action`` and turn a :class:`CommandError` into one line on stderr and exit code 2."""
+    """Run ``action``; bad input and files that cannot be read or written become one line on stderr and exit code 2."""
     try:
         return action()
     except CommandError as error:
         print(f"error: {error}", file=sys.stderr)
-        return NOTHING_DONE
+    except OSError as error:
+        print(f"error: {error.filename or 'a file'}: {error.strerror or error}", file=sys.stderr)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return INTERRUPTED
+    return NOTHING_DONE
 
 
 def nnunet_folder(variable: str) -> Path:
@@ -49,12 +56,12 @@ def dataset_folder(parent: Path, dataset: str) -> Path:
     if dataset.isdigit():
         found = sorted(p for p in parent.glob(f"Dataset{int(dataset):03d}_*") if p.is_dir())
     else:
-        found = [parent / dataset] if (parent / dataset).is_dir() else []
+        found = sorted(p for p in parent.glob("Dataset[0-9][0-9][0-9]_*") if p.is_dir() and p.name == dataset)
     if len(found) == 1:
         return found[0]
     if not found:
-        number = dataset if dataset.isdigit() else dataset.removeprefix("Dataset")[:3]
-        raise CommandError(f"no dataset {dataset} in {parent}: run  nnUNetv2_plan_and_preprocess -d {number}  first")
+        number = dataset if dataset.isdigit() else "ID"
+        raise CommandError(f"no dataset '{dataset}' in {parent}: run  nnUNetv2_plan_and_preprocess -d {number}  first")
     raise CommandError(
         f"{parent} holds several datasets {dataset}: {', '.join(p.name for p in found)}; remove all but one"
     )

@@ -69,7 +69,7 @@ class Workspace:
 
 
 #: Sizes with which a step takes a fraction of a second.
-TINY = ("--patch-size", "32", "32", "32", "--n-stages", "3", "--features", "2", "4", "4")
+TINY = ("--patch-size", "24", "24", "24", "--n-stages", "3", "--features", "2", "4", "4")
 
 
 @pytest.fixture(scope="session")

@@ -10,7 +10,7 @@ import pytest
 from nnunet_h2a.command import CommandError
 from nnunet_h2a.demo.command import main
 from nnunet_h2a.demo.runner import CommandRunner
-from tests.conftest import clean_environment, run
+from tests.conftest import ROOT, clean_environment, run
 
 
 def test_a_folder_of_something_else_is_left_alone(tmp_path, capsys):
@@ -57,8 +57,26 @@ def test_a_command_that_fails_is_named_with_its_last_words(tmp_path):
     runner = CommandRunner(tmp_path)
     with pytest.raises(CommandError, match=r"ended with code 3: the last word \(all it printed: "):
         runner.run(sys.executable, "-c", "print('first'); print('the last word'); raise SystemExit(3)")
+    with pytest.raises(CommandError, match="ended with code 1: error: the reason"):
+        runner.run(sys.executable, "-c", "print('error: the reason'); print('goodbye'); raise SystemExit(1)")
     with pytest.raises(CommandError, match="is not installed"):
         runner.run("no_such_command_here")
+
+
+def test_refused_patients_are_shown_and_the_rest_goes_on(tmp_path, capsys):
+    runner = CommandRunner(tmp_path)
+    show = "print('refused STS_007: no weight'); print('next: train'); raise SystemExit(1)"
+    runner.run(sys.executable, "-c", show, accepted=(0, 1))
+    printed = capsys.readouterr().out
+    assert "  refused STS_007: no weight\n" in printed
+    assert "next: train" not in printed
+
+
+def test_a_place_that_cannot_be_written(capsys):
+    assert main(["-o", "/proc/h2a_demo"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: /proc/h2a_demo")
+    assert error.count("\n") == 1
 
 
 @pytest.mark.full
@@ -69,3 +87,17 @@ def test_the_demo_learns(tmp_path):
     for name, model in summary["models"].items():
         assert model["mean_dice"] >= 0.6, name
         assert None in model["cases"].values()
+
+
+@pytest.mark.full
+def test_the_demo_on_real_patients(tmp_path):
+    patients = ROOT.parent / "shared" / "data" / "sts"
+    if not patients.is_dir():
+        pytest.skip(f"real patients are not at hand: {patients}")
+    finished = run("h2a_demo", "--sts", patients, "-o", tmp_path / "out", "-device", "cpu",
+                   environment=clean_environment(), timeout=1800)  # fmt: skip
+    assert "not accuracy" in finished.stdout
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    for model in summary["models"].values():
+        assert set(model["cases"]) == {"STS_001", "STS_002"}
+    assert len(list((tmp_path / "out" / "pictures").glob("*.png"))) == 2

@@ -23,6 +23,10 @@ DATASET = {"phantom": (901, "Phantom"), "sts": (902, "STSDemo")}
 DEMO_SIZES = ("--patch-size", "32", "32", "32", "--n-stages", "4", "--features", "4", "8", "16", "32")
 CONFIGURATION = "3d_fullres"
 ENSEMBLE = "ensemble"
+#: Exit code of a converter that has converted some patients and refused others.
+SOME_REFUSED = 1
+#: Marks a folder as a demo's, which the next demo may empty.
+MARKER = ".h2a_demo"
 
 
 @dataclass(frozen=True)
@@ -59,9 +63,10 @@ def run_demo(output: Path, sts: Path | None = None, device: str | None = None) -
     started = time.monotonic()
     if sts is not None and not sts.is_dir():
         raise CommandError(f"--sts {sts} is not a folder")
+    output = output.resolve()
     _clear(output)
     runner = CommandRunner(output)
-    (runner.output / "summary.json").unlink(missing_ok=True)
+    (output / MARKER).touch()
     device = device or _default_device()
     number, name = DATASET["phantom" if sts is None else "sts"]
     dataset = runner.folders["nnUNet_raw"] / f"Dataset{number:03d}_{name}"
@@ -84,7 +89,7 @@ def _clear(output: Path) -> None:
         raise CommandError(f"-o {output} is a file: name a folder")
     if not output.exists() or not any(output.iterdir()):
         return
-    if not (output / "commands.txt").is_file() or not (output / "nnUNet_raw").is_dir():
+    if not (output / MARKER).is_file():
         raise CommandError(f"-o {output} is not empty and not from a demo: name another folder")
     shutil.rmtree(output)
 
@@ -109,8 +114,11 @@ def _sts_dataset(runner: CommandRunner, sts: Path, number: int, name: str, datas
         "real patients: trained and tested on what is given, a few hundred steps of a tiny network. "
         "This shows the pipeline, not accuracy."
     )
-    runner.run("h2a_convert_sts", "-i", sts.resolve(), "-d", str(number), "--name", name, "--grid", "pet", "-np", "1")
-    runner.note("the test cases are the training cases: images and labels are linked to imagesTs and labelsTs")
+    runner.run(
+        "h2a_convert_sts", "-i", sts.resolve(), "-d", str(number), "--name", name, "--grid", "pet", "-np", "1",
+        accepted=(0, SOME_REFUSED),
+    )  # fmt: skip
+    runner.note("the same patients are tested on: images and labels are linked to imagesTs and labelsTs")
     for kind in ("images", "labels"):
         target = dataset / f"{kind}Ts"
         target.mkdir(exist_ok=True)
@@ -170,7 +178,8 @@ def _report(summary: dict, runner: CommandRunner, is_phantom: bool) -> None:
     cases = list(summary["models"][names[0]]["cases"])
     width = max(len(case) for case in [*cases, "mean of cases with lesions"])
     print(
-        "\nDice " + ("on held-out phantom cases" if is_phantom else "on the training cases: the pipeline, not accuracy")
+        "\nDice on "
+        + ("held-out phantom cases" if is_phantom else "the patients given: this shows the pipeline, not accuracy")
     )
     _row("case", names, width)
     for case in cases:

@@ -27,11 +27,15 @@ CPU_SETTINGS = {
 }
 
 
+#: How lines begin in which our commands say what is wrong.
+COMPLAINTS = ("error", "refused")
+
+
 class CommandRunner:
     """Runs console commands with all nnU-Net folders below one folder.
 
-    Each command is printed, appended to ``commands.txt`` and its output kept in ``logs/``; the file is a shell script
-    that does the same again.
+    Each command is printed, appended to ``commands.txt`` and its output kept in ``logs/``. The file is a shell script;
+    what is done without a command stands in it as a comment.
 
     Args:
         output: folder of the run.
@@ -55,12 +59,15 @@ class CommandRunner:
         print(f"# {text}", flush=True)
         self._write(f"# {text}")
 
-    def run(self, *command: str | Path, environment: dict[str, str] | None = None) -> None:
+    def run(
+        self, *command: str | Path, environment: dict[str, str] | None = None, accepted: Sequence[int] = (0,)
+    ) -> None:
         """Run a command and wait for it; what it prints goes to a log file.
 
         Args:
             command: name and arguments.
             environment: further variables for this command.
+            accepted: exit codes to go on with. With another than 0, what the command refused is printed.
 
         Raises:
             CommandError: where it fails, with the end of what it printed.
@@ -77,8 +84,12 @@ class CommandRunner:
                 env=self.environment | (environment or {}), stdout=handle, stderr=subprocess.STDOUT,
             )  # fmt: skip
             code = self._wait(process, log)
+        complaints = [line for line in log.read_text(errors="replace").splitlines() if line.startswith(COMPLAINTS)]
+        if code not in accepted:
+            last = complaints[-1] if complaints else _last_line(log) or "it printed nothing"
+            raise CommandError(f"{words[0]} ended with code {code}: {last} (all it printed: {log})")
         if code:
-            raise CommandError(self._failure(words, code, log))
+            print("\n".join(f"  {line}" for line in complaints), flush=True)
         print(f"  done in {time.monotonic() - started:.0f} s", flush=True)
 
     @staticmethod
@@ -106,10 +117,6 @@ class CommandRunner:
         if found is None:
             raise CommandError(f"the command {name} is not installed beside {sys.executable}: pip install nnunet-h2a")
         return found
-
-    @staticmethod
-    def _failure(words: Sequence[str], code: int, log: Path) -> str:
-        return f"{words[0]} ended with code {code}: {_last_line(log) or 'it printed nothing'} (all it printed: {log})"
 
 
 def _last_line(log: Path) -> str:

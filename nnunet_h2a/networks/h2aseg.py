@@ -254,11 +254,6 @@ class H2ASeg(nn.Module):
         return total
 
     @staticmethod
-    def published_features(n_stages: int) -> list[int]:
-        """The paper's widths per branch, continued: 8 doubling per level, at most 128."""
-        return [min(8 * 2**level, 128) for level in range(n_stages)]
-
-    @staticmethod
     def initialize(module: nn.Module) -> None:
         """He initialisation of a convolution for PReLU at its initial slope; other modules keep PyTorch's own."""
         InitWeights_He(0.25)(module)

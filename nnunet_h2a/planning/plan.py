@@ -12,15 +12,20 @@ from typing import Any
 
 from nnunet_h2a.command import CommandError, dataset_folder, nnunet_folder, run_command
 from nnunet_h2a.training.modalities import ChannelError, channel_roles
-
-#: Networks that a plan may name, and their published widths: those of the first stage and the most.
-NETWORKS = {"H2ASeg": (8, 128)}
+from nnunet_h2a.widths import PUBLISHED_WIDTHS, published_features
 
 #: ``--network`` value that keeps the base plan's own network and changes its sizes only.
 STOCK = "stock"
 
 #: Smallest edge of the deepest feature map; nnU-Net's own planner uses it too.
 MIN_FEATURE_MAP_EDGE = 4
+
+
+def _positive(text: str) -> int:
+    """An argparse type: an integer above 0."""
+    if not text.isdigit() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"{text} is not a positive integer")
+    return int(text)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -36,19 +41,19 @@ def build_parser() -> argparse.ArgumentParser:
         help="2d, 3d_fullres, … [all in the plans that --patch-size fits]",
     )  # fmt: skip
     parser.add_argument(
-        "--network", choices=[*NETWORKS, STOCK], default="H2ASeg",
+        "--network", choices=[*PUBLISHED_WIDTHS, STOCK], default="H2ASeg",
         help=f"network to plan for; '{STOCK}' keeps the base plans' network and sets its sizes [%(default)s]",
     )  # fmt: skip
     parser.add_argument("-p", "--plans", default="nnUNetPlans", help="plans to start from [%(default)s]")
     parser.add_argument("-o", "--plans-name", help="name of the new plans [nnUNet<network>Plans]")
     parser.add_argument(
-        "--patch-size", type=int, nargs="+", metavar="N",
+        "--patch-size", type=_positive, nargs="+", metavar="N",
         help="patch in voxels, in the plans' axis order (lowest resolution first) [the base plans']",
     )  # fmt: skip
-    parser.add_argument("--batch-size", type=int, metavar="N", help="patches per step [the base plans']")
-    parser.add_argument("--n-stages", type=int, metavar="N", help="number of resolutions [as the patch allows]")
+    parser.add_argument("--batch-size", type=_positive, metavar="N", help="patches per step [the base plans']")
+    parser.add_argument("--n-stages", type=_positive, metavar="N", help="number of resolutions [as the patch allows]")
     parser.add_argument(
-        "--features", type=int, nargs="+", metavar="F",
+        "--features", type=_positive, nargs="+", metavar="F",
         help="channels of each stage (per branch) [the network's published widths]",
     )  # fmt: skip
     return parser
@@ -63,8 +68,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _plan(arguments: argparse.Namespace) -> int:
     folder = dataset_folder(nnunet_folder("nnUNet_preprocessed"), arguments.dataset)
     number = int(folder.name[len("Dataset") :].split("_")[0])
-    base = _read_json(folder / f"{arguments.plans}.json", f"nnUNetv2_plan_and_preprocess -d {number}")
-    dataset_json = _read_json(folder / "dataset.json", f"nnUNetv2_plan_and_preprocess -d {number}")
+    cure = f"nnUNetv2_plan_and_preprocess -d {number}"
+    base = _read_json(folder / f"{arguments.plans}.json", cure, ["plans_name", "configurations"])
+    dataset_json = _read_json(folder / "dataset.json", cure, ["channel_names", "labels"])
     name = arguments.plans_name or f"nnUNet{arguments.network}Plans"
     if "__" in name or not name.isidentifier():
         raise CommandError(f"--plans-name {name}: use letters, digits and single underscores")
@@ -100,7 +106,7 @@ def make_plans(
     Args:
         base: content of a plans file.
         dataset_json: content of dataset.json, for the order of the channels and the kind of labels.
-        network: key of :data:`NETWORKS`, or :data:`STOCK`.
+        network: key of :data:`PUBLISHED_WIDTHS`, or :data:`STOCK`.
         plans_name: name of the new plans.
         configurations: configurations to keep; None keeps all that ``patch_size`` fits. What they inherit from
             stays as well.
@@ -126,6 +132,7 @@ def make_plans(
     wanted = _with_dependencies(plans["configurations"], configurations)
     plans["configurations"] = {key: value for key, value in plans["configurations"].items() if key in wanted}
     for key, configuration in plans["configurations"].items():
+        _drop_missing_next_stages(configuration, wanted)
         if batch_size is not None and "batch_size" in configuration:
             configuration["batch_size"] = batch_size
         if "architecture" not in configuration:
@@ -173,6 +180,18 @@ def _with_dependencies(available: dict[str, Any], wanted: Sequence[str] | None) 
     return result
 
 
+def _drop_missing_next_stages(configuration: dict[str, Any], kept: set[str]) -> None:
+    """Forget cascade stages that are not in the plans: nnU-Net would look for them when training has ended."""
+    following = configuration.get("next_stage")
+    if following is None:
+        return
+    stages = [stage for stage in ([following] if isinstance(following, str) else following) if stage in kept]
+    if stages:
+        configuration["next_stage"] = stages
+    else:
+        del configuration["next_stage"]
+
+
 def _geometry(
     key: str,
     configuration: dict[str, Any],
@@ -188,17 +207,23 @@ def _geometry(
         from nnunetv2.experiment_planning.experiment_planners.network_topology import get_pool_and_conv_props
 
         spacing = configuration["spacing"]
-        if len(patch_size) != len(spacing) or min(patch_size) < 1:
+        if len(patch_size) != len(spacing):
             raise CommandError(
                 f"--patch-size: configuration {key} has {len(spacing)} axes, got {list(patch_size)}; choose "
                 "configurations with -c"
             )
         _, strides, kernels, patch, _ = get_pool_and_conv_props(spacing, patch_size, MIN_FEATURE_MAP_EDGE, 999999)
-        if [int(n) for n in patch] != list(patch_size):
-            print(f"{key}: patch {list(patch_size)} becomes {[int(n) for n in patch]}, divisible by its total stride")
+        patch = [int(n) for n in patch]
+        if patch != list(patch_size):
+            print(f"{key}: patch {list(patch_size)} becomes {patch}, divisible by its total stride")
     stages = len(strides) if n_stages is None else n_stages
+    # With two stages nnU-Net's deep supervision weights are 0 / 0.
+    if len(strides) < 3:
+        raise CommandError(
+            f"--patch-size: configuration {key} gets {len(strides)} stages for patch {list(patch)}, and nnU-Net needs "
+            f"3: take a patch of at least {4 * MIN_FEATURE_MAP_EDGE} voxels along its finely sampled axes"
+        )
     if not 3 <= stages <= len(strides):
-        # With two stages nnU-Net's deep supervision weights are 0 / 0.
         raise CommandError(
             f"--n-stages: configuration {key} allows 3 to {len(strides)} stages for patch {list(patch)}, got {stages}"
         )
@@ -222,8 +247,7 @@ def _architecture(
         ct_channel, pet_channel = channel_roles(dataset_json)
     except ChannelError as error:
         raise CommandError(str(error)) from error
-    first, most = NETWORKS[network]
-    widths = features or [min(first * 2**stage, most) for stage in range(geometry["n_stages"])]
+    widths = features or published_features(network, geometry["n_stages"])
     return {
         "network_class_name": f"nnunet_h2a.networks.{network}",
         "arch_kwargs": {
@@ -241,13 +265,17 @@ def _architecture(
     }
 
 
-def _read_json(path: Path, cure: str) -> dict[str, Any]:
+def _read_json(path: Path, cure: str, keys: Sequence[str]) -> dict[str, Any]:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise CommandError(f"{path} does not exist: run  {cure}  first") from error
     except json.JSONDecodeError as error:
         raise CommandError(f"{path} is not JSON ({error}): write it anew with  {cure}") from error
+    missing = [key for key in keys if not isinstance(content, dict) or key not in content]
+    if missing:
+        raise CommandError(f"{path} has no {', '.join(missing)}: write it anew with  {cure}")
+    return content
 
 
 def _report(plans: dict[str, Any], target: Path, number: int, network: str) -> None:
@@ -264,6 +292,6 @@ def _report(plans: dict[str, Any], target: Path, number: int, network: str) -> N
     configuration = next(iter(plans["configurations"]))
     print("next, with the stock trainer:")
     print(f"  nnUNetv2_train {number} {configuration} 0 -p {plans['plans_name']}")
-    if network in NETWORKS:
+    if network in PUBLISHED_WIDTHS:
         print("or with the network's own recipe:")
         print(f"  nnUNetv2_train {number} {configuration} 0 -p {plans['plans_name']} -tr nnUNetTrainer{network}")

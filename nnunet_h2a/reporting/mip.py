@@ -32,7 +32,7 @@ def write_mip_png(pet: Path, truth: Path, predictions: Mapping[str, Path], targe
     pet_image = _oriented(pet)
     width, height = (pet_image.GetSize()[i] * pet_image.GetSpacing()[i] for i in (0, 2))
     projection = _frontal_projection(pet_image)
-    figure = Figure(figsize=(3.2 * max(1, len(predictions)), 3.2 * height / width + 0.9))
+    figure = Figure(figsize=(3.2 * max(1, len(predictions)), 3.2 * height / width + 0.7), layout="constrained")
     panels = figure.subplots(1, len(predictions), squeeze=False)[0]
     outline = _frontal_projection(_oriented(truth)) > 0
     for panel, (name, path) in zip(panels, predictions.items(), strict=True):

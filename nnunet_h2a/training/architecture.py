@@ -9,7 +9,8 @@ from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 from torch import nn
 
-from nnunet_h2a.training.modalities import channel_roles
+from nnunet_h2a.training.modalities import ChannelError, channel_roles
+from nnunet_h2a.widths import published_features
 
 #: Key of a plans file under which our trainers keep what inference cannot read from anywhere else.
 PLANS_KEY = "nnunet_h2a"
@@ -35,6 +36,20 @@ def fusion_settings(dataset_json: Mapping[str, Any], region_based: bool) -> dict
     return {"ct_channel": ct_channel, "pet_channel": pet_channel, "region_based": region_based}
 
 
+def check_same_channels(arch_kwargs: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
+    """Refuse plans that were made when the dataset had its channels in another order.
+
+    Raises:
+        ChannelError: naming both orders.
+    """
+    for key in ("ct_channel", "pet_channel"):
+        if arch_kwargs.get(key, settings[key]) != settings[key]:
+            raise ChannelError(
+                f"the plans say {key} {arch_kwargs[key]}, dataset.json says {settings[key]}: "
+                "write the plans anew with h2a_plan"
+            )
+
+
 def names_network(class_name: str, network: type[nn.Module]) -> bool:
     """Whether a plan's ``network_class_name`` means ``network``, by its public or its defining module."""
     return class_name in (f"nnunet_h2a.networks.{network.__name__}", f"{network.__module__}.{network.__name__}")
@@ -50,7 +65,7 @@ def fusion_architecture(
     larger than what it is compared with.
 
     Args:
-        network: the class to build; it has ``published_features(n_stages)``.
+        network: the class to build.
         class_name: the plan's ``network_class_name``.
         arch_kwargs: the plan's ``arch_kwargs``.
         patch_size: the plan's patch.
@@ -70,7 +85,7 @@ def fusion_architecture(
         raise ValueError(f"a plan for {class_name} does not say {', '.join(missing)}: use plans of a U-Net (-p)")
     return {
         **{key: arch_kwargs[key] for key in GEOMETRY_KEYS},
-        "features_per_stage": network.published_features(arch_kwargs["n_stages"]),
+        "features_per_stage": published_features(network.__name__, arch_kwargs["n_stages"]),
         "patch_size": list(patch_size),
     }
 

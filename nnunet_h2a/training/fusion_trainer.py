@@ -9,7 +9,7 @@ import torch
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from torch import nn
 
-from nnunet_h2a.training.architecture import PLANS_KEY, fusion_settings
+from nnunet_h2a.training.architecture import PLANS_KEY, check_same_channels, fusion_settings
 from nnunet_h2a.training.recipe import OptimizerRecipe
 
 
@@ -19,7 +19,7 @@ class FusionTrainer(nnUNetTrainer):
     Everything is nnU-Net's (data, augmentation, sampling, epochs, Dice + cross-entropy or BCE, validation) but the
     optimiser's settings and deep supervision, which covers all levels.
 
-    Subclasses set :attr:`recipe` and define ``build_network_architecture``.
+    Subclasses set :attr:`recipe` and define ``build_network_architecture`` and ``deep_supervision_weights``.
     """
 
     #: Optimiser settings.
@@ -41,7 +41,9 @@ class FusionTrainer(nnUNetTrainer):
         if self.epochs is not None:
             self.num_epochs = self.epochs
         # Inference sees plans and checkpoint only, so the plans must say which channel is which.
-        self.plans_manager.plans[PLANS_KEY] = fusion_settings(dataset_json, self.label_manager.has_regions)
+        settings = fusion_settings(dataset_json, self.label_manager.has_regions)
+        check_same_channels(self.configuration_manager.network_arch_init_kwargs, settings)
+        self.plans_manager.plans[PLANS_KEY] = settings
 
     def configure_optimizers(self) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
         return self.recipe.build(self.network.parameters(), self.num_epochs)
@@ -61,5 +63,5 @@ class FusionTrainer(nnUNetTrainer):
 
     @staticmethod
     def deep_supervision_weights(n_levels: int) -> list[float]:
-        """Weight of each level's loss, highest resolution first; they sum to 1. Here all levels weigh the same."""
-        return [1 / n_levels] * n_levels
+        """Weight of each level's loss, highest resolution first; they sum to 1."""
+        raise NotImplementedError("each network's trainer says how its levels weigh")

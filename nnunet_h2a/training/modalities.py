@@ -32,6 +32,11 @@ def channel_roles(dataset_json: Mapping[str, Any]) -> tuple[int, int]:
         ChannelError: unless there are exactly two channels, one of each kind.
     """
     channel_names = dataset_json.get("channel_names", dataset_json.get("modality", {}))
+    if not isinstance(channel_names, Mapping) or not all(str(key).isdigit() for key in channel_names):
+        raise ChannelError(
+            'dataset.json: "channel_names" must give a name for each channel number, as in '
+            f'{{"0": "CT", "1": "PET"}}, found {channel_names!r}'
+        )
     names = [str(channel_names[key]) for key in sorted(channel_names, key=int)]
     source = "channel_names"
     if MODALITIES_KEY in dataset_json:

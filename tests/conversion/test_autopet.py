@@ -184,7 +184,9 @@ def test_a_bad_study_is_refused_and_the_rest_goes_on(
     write_study(tmp_path / "r", HEXES[0])
     write_study(tmp_path / "r", HEXES[1], **changes)
     assert convert(tmp_path / "r") == 1
-    line = next(text for text in capsys.readouterr().err.splitlines() if text.startswith("refused"))
+    lines = capsys.readouterr().err.splitlines()
+    line = next(text for text in lines if text.startswith("refused"))
+    assert lines[-1].startswith("1 of 2 studies refused; see ")
     assert HEXES[1] in line
     assert reason in line
     assert [path.name for path in (raw / DATASET / "labelsTr").iterdir()] == [f"fdg_{HEXES[0]}_20030323.nii.gz"]

@@ -12,11 +12,12 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from dataset_conversion.raw_dataset import make_splits
 from dataset_conversion.sts import main
-from tests.conversion.synthetic_dicom import Patient
+from tests.conversion.synthetic_dicom import Patient, write_series
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 DATASET = "Dataset501_STS"
@@ -153,6 +154,64 @@ def test_running_again_keeps_and_adds(raw: Path, source: Path, capsys: pytest.Ca
     assert sorted(path.name for path in raw.iterdir()) == [DATASET]
 
 
+@pytest.mark.parametrize("what", ["nnunet_h2a.__version__", "dataset_conversion.workspace.RULES_VERSION"])
+def test_cases_of_another_version_are_converted_again(
+    raw: Path, source: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], what: str
+) -> None:
+    write_patients(source, 1, 2)
+    assert convert(source) == 0
+    capsys.readouterr()
+    monkeypatch.setattr(what, "0.0.0.other")
+    assert convert(source) == 0
+    assert "2 cases converted, 0 kept" in capsys.readouterr().out
+
+
+def test_mr_files_count_for_resuming(raw: Path, source: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Which contours were drawn on MR decides which RTSTRUCT is taken."""
+    patient = Patient(source / "p001", "STS_001").write()
+    assert convert(source) == 0
+    mr = write_series(patient.folder / "mr", patient.study, "MR", np.zeros((2, 8, 8)), (4.0, 4.0, 4.0))
+    assert convert(source) == 0
+    mr[0].unlink()
+    assert convert(source) == 0
+    assert capsys.readouterr().out.count("1 cases converted, 0 kept") == 3
+
+
+def test_channel_names_a_user_changed_are_kept(raw: Path, source: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_patients(source, 1)
+    assert convert(source) == 0
+    path = raw / DATASET / "dataset.json"
+    content = json.loads(path.read_text())
+    content["channel_names"]["1"] = "CT"
+    path.write_text(json.dumps(content))
+    write_patients(source, 2)
+    assert convert(source) == 0
+    warnings = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning")]
+    assert len(warnings) == 1
+    assert "were kept" in warnings[0]
+    assert json.loads(path.read_text()) == {**content, "numTraining": 2}
+
+
+@pytest.mark.parametrize(
+    "edit", [{"regions_class_order": [1]}, {"description": "mine"}, {"channel_names": {"0": "CT"}}]
+)
+def test_other_edits_of_dataset_json_are_told_of(
+    raw: Path, source: Path, capsys: pytest.CaptureFixture[str], edit: dict
+) -> None:
+    write_patients(source, 1)
+    assert convert(source) == 0
+    path = raw / DATASET / "dataset.json"
+    content = json.loads(path.read_text())
+    path.write_text(json.dumps({**content, **edit}))
+    assert convert(source) == 0
+    warnings = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning")]
+    assert len(warnings) == 1
+    assert next(iter(edit)) in warnings[0]
+    assert json.loads(path.read_text()) == content
+    assert convert(source) == 0
+    assert "warning" not in capsys.readouterr().err
+
+
 def test_a_patient_whose_files_changed_is_converted_again(raw: Path, source: Path) -> None:
     write_patients(source, 1, 2)
     assert convert(source) == 0
@@ -241,7 +300,7 @@ def test_killed_run_leaves_nothing_and_resumes(raw: Path, source: Path, processe
     assert resumed == tree(raw / DATASET)
 
 
-@pytest.mark.skipif(os.name == "nt", reason="needs POSIX signals and pgrep")
+@pytest.mark.skipif(os.name == "nt", reason="needs POSIX signals and ps")
 def test_a_killed_worker_costs_no_case(raw: Path, source: Path, tmp_path: Path) -> None:
     """The work of a dead worker is done again; the dataset is the same as ever."""
     write_patients(source, *range(1, 11))
@@ -251,11 +310,20 @@ def test_a_killed_worker_costs_no_case(raw: Path, source: Path, tmp_path: Path) 
             command(source, "-np", "2"), env=environment(), stdout=subprocess.PIPE, stderr=stream, text=True
         )
         workers: list[str] = []
+        while run.poll() is None and not workers:
+            listing = [
+                "ps",
+                "-ww",
+                "-o",
+                "pid=,args=",
+                "--ppid",
+                str(run.pid),
+            ]  # -ww: whole lines whatever COLUMNS says
+            listed = subprocess.run(listing, capture_output=True, text=True, check=False)
+            workers = [line.split()[0] for line in listed.stdout.splitlines() if "spawn_main" in line]
         while run.poll() is None and not (raw / f".h2a_{DATASET}" / "cases").is_dir():
             time.sleep(0.002)
-        listed = subprocess.run(["ps", "-o", "pid=,args=", "--ppid", str(run.pid)], capture_output=True, text=True)
-        workers = [line.split()[0] for line in listed.stdout.splitlines() if "spawn_main" in line]
-        assert workers, "the run was over before a worker could be killed"
+        assert run.poll() is None, "the run was over before a worker could be killed"
         os.kill(int(workers[0]), signal.SIGKILL)
         printed = run.communicate(timeout=120)[0]
     assert run.returncode == 0, errors.read_text()

@@ -84,6 +84,33 @@ def test_overlap_is_joined_and_double_contours_do_not_vanish(tmp_path: Path) -> 
     assert fill(tmp_path / "c", [square(9.5, 19.5), square(9.5, 19.5, shift=20)]).sum() == 200
 
 
+@pytest.mark.parametrize(
+    ("contours", "area", "note"),
+    [
+        # Outer contour and hole drawn twice.
+        ([square(9.5, 40.5), square(9.5, 40.5), square(19.5, 30.5)], 31**2 - 11**2, "1 contours of ROI 'A' are copies"),
+        ([square(9.5, 40.5), square(19.5, 30.5), square(19.5, 30.5)], 31**2 - 11**2, "copies"),
+        # A hole in the part common to two overlapping contours, and one that lies across both.
+        ([square(9.5, 39.5), square(9.5, 39.5, shift=5), square(19.5, 30.5)], 30 * 35 - 11**2, "1 contours"),
+        ([square(9.5, 29.5), square(9.5, 29.5, shift=10), square(14.5, 24.5, shift=5)], 20 * 30 - 10**2, "1 contours"),
+        # Two overlapping holes, and an island in them.
+        ([square(4.5, 54.5), square(9.5, 39.5), square(9.5, 39.5, shift=5)], 50**2 - 30 * 35, "2 contours"),
+        (
+            [square(4.5, 54.5), square(9.5, 39.5), square(9.5, 39.5, shift=5), square(19.5, 30.5)],
+            50**2 - 30 * 35 + 11**2,
+            "2 contours",
+        ),
+    ],
+)
+@pytest.mark.parametrize("turned", [False, True])
+def test_holes_in_double_and_in_overlapping_contours(
+    tmp_path: Path, contours: list[list[float]], area: int, note: str, turned: bool
+) -> None:
+    mask, notes = fill_with_notes(tmp_path, contours[::-1] if turned else contours)
+    assert mask[1].sum() == area
+    assert any(note in text for text in notes)
+
+
 def test_exclusive_contours(tmp_path: Path) -> None:
     contours = [square(9.5, 19.5), square(9.5, 19.5, shift=5)]
     assert fill(tmp_path, contours, "CLOSEDPLANAR_XOR").sum() == 100
@@ -147,6 +174,19 @@ def test_position_within_half_a_slice(tmp_path: Path, height: float, fits: bool)
     else:
         with pytest.raises(ConversionError, match="from the nearest slice"):
             rasterise(roi, stack)
+
+
+@pytest.mark.parametrize("offset", [4e-5, -4e-5])
+def test_contours_of_one_plane_may_differ_by_rounding(tmp_path: Path, offset: float) -> None:
+    """3.12504 and 3.12496 mm are one plane: the inner contour is a hole."""
+    study = Study("P")
+    files = write_series(tmp_path / "ct", study, "CT", np.zeros((3, SIZE, SIZE)), (1.0, 1.0, 3.125))
+    stack = read_stack(group_series(scan(tmp_path / "ct")[0], ("CT",))[0])
+    contours = [square(9.5, 40.5, height=3.125 + offset), square(19.5, 30.5, height=3.125 - offset)]
+    path = write_rtstruct(tmp_path / "rt.dcm", study, files, {"A": {1: contours}})
+    mask, notes = rasterise(read_structure_set(str(path)).rois[11], stack)
+    assert mask[1].sum() == 31**2 - 11**2
+    assert any("holes" in note for note in notes)
 
 
 def test_planes_closer_than_slices_do_not_cut_holes(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""``h2a_convert_sts`` on the real patients and on synthetic ones with the collection's traps."""
+"""``h2a_convert_sts``: values and geometry, on the real patients and on synthetic ones."""
 
 from __future__ import annotations
 
@@ -13,28 +13,10 @@ import SimpleITK as sitk
 
 from dataset_conversion.sts import main
 from tests.conversion.data import needs, shared_data
-from tests.conversion.synthetic_dicom import DELETE, DOSE_BQ, Patient, Study, pet_header, write_rtstruct, write_series
+from tests.conversion.sts_run import ONE_HOUR, convert, dice, edit, load, report
+from tests.conversion.synthetic_dicom import DOSE_BQ, Patient, pet_header, write_rtstruct, write_series
 
 MODALITY = {"ct": "CT", "pet": "PET"}
-ONE_HOUR = 70_000.0 / DOSE_BQ * 2 ** (3600 / 6586.2)
-
-
-def convert(source: Path, *flags: str) -> int:
-    return main(["-i", str(source), "-d", "501", "-np", "1", *flags])
-
-
-def load(raw: Path, case: str, folder: str = "Dataset501_STS", kind: str = "Tr") -> tuple[sitk.Image, ...]:
-    base = raw / folder
-    names = (f"images{kind}/{case}_0000", f"images{kind}/{case}_0001", f"labels{kind}/{case}")
-    return tuple(sitk.ReadImage(str(base / f"{name}.nii.gz")) for name in names)
-
-
-def report(raw: Path) -> dict:
-    return json.loads((raw / "Dataset501_STS" / "conversion_report.json").read_text())
-
-
-def dice(first: np.ndarray, second: np.ndarray) -> float:
-    return 2 * float((first & second).sum()) / float(first.sum() + second.sum())
 
 
 def onto(image: sitk.Image, grid: sitk.Image, how: int) -> np.ndarray:
@@ -145,27 +127,6 @@ def test_outside_the_pet_is_zero_and_outside_the_ct_minus_1024(raw: Path, source
     assert (sitk.GetArrayFromImage(load(raw, "STS_100", "Dataset502_STS")[0])[:, 15:] == -1024).all()
 
 
-@pytest.mark.parametrize("reverse", [False, True])
-@pytest.mark.parametrize(
-    ("mass", "other"),
-    [
-        ("GTV_Mass", "GTV_Edema"),
-        ("GTV_Research", "GTV_Res+edema"),
-        ("gtv mass", "GTV_Mass_Oedema"),
-        ("GTV_Mass", "GTV"),
-    ],
-)
-def test_tumour_is_chosen_by_name(raw: Path, source: Path, mass: str, other: str, reverse: bool) -> None:
-    patient = Patient(source, "STS_036")
-    ct = patient.write_ct()
-    patient.write_pet()
-    rois = {other: patient.ball(1.5, 2.0), mass: patient.ball()}
-    write_rtstruct(source / "rt.dcm", patient.study, ct, rois, description="RTstructCT", reverse_contours=reverse)
-    assert convert(source) == 0
-    label = sitk.GetArrayFromImage(load(raw, "STS_036")[2]) > 0
-    assert dice(label, patient.expected((40, 36, 12), 2.0, 0.0)) >= 0.99
-
-
 def test_only_pet_contours_on_the_ct_grid(raw: Path, source: Path) -> None:
     patient = Patient(source, "STS_100")
     patient.write_ct()
@@ -176,222 +137,6 @@ def test_only_pet_contours_on_the_ct_grid(raw: Path, source: Path) -> None:
     assert label.shape == (12, 36, 40)
     assert dice(label, patient.expected((40, 36, 12), 2.0, 0.0)) >= 0.9
     assert any("drawn on the PET" in text for text in report(raw)["cases"]["STS_100"]["warnings"])
-
-
-def test_of_two_pet_series_the_contoured_one_is_taken(raw: Path, source: Path) -> None:
-    patient = Patient(source, "STS_100")
-    patient.write_pet(folder=source / "a", values=patient.pet_values() * 3, description="LEGS2DAC")
-    ct, pet = patient.write_ct(), patient.write_pet(folder=source / "b")
-    rois = {"GTV_Mass": patient.ball()}
-    write_rtstruct(source / "ct.dcm", patient.study, ct, rois, description="RTstructCT")
-    write_rtstruct(source / "pet.dcm", patient.study, pet, rois, description="RTstruct_PET")
-    for dataset, grid in (("501", "ct"), ("502", "pet")):
-        assert main(["-i", str(source), "-d", dataset, "-np", "1", "--grid", grid]) == 0
-        highest = sitk.GetArrayFromImage(load(raw, "STS_100", f"Dataset{dataset}_STS")[1]).max()
-        assert highest == pytest.approx(patient.pet_values().max() * ONE_HOUR, rel=0.05)
-
-
-def test_pet_without_attenuation_correction_is_left_out(raw: Path, source: Path) -> None:
-    patient = Patient(source, "STS_100").write()
-    patient.write_pet(folder=source / "nac", values=patient.pet_values() * 3, CorrectedImage=["DECY", "SCAT"])
-    assert convert(source) == 0
-    pet = sitk.GetArrayFromImage(load(raw, "STS_100")[1])
-    assert pet.max() == pytest.approx(patient.pet_values().max() * ONE_HOUR, rel=0.05)
-
-
-def write_mr(patient: Patient, description: str) -> list[Path]:
-    values = np.round(np.random.default_rng(1).random((12, 18, 20)) * 100)
-    return write_series(
-        patient.folder / description,
-        patient.study,
-        "MR",
-        values,
-        (4.0, 4.0, 4.0),
-        (1.0, 1.0, 0.0),
-        description=description,
-    )
-
-
-@pytest.mark.parametrize("keep_mr", [True, False])
-@pytest.mark.parametrize(
-    "description", ["RTstructT1", "RTstruct_T2FS", "RTstructAlignedT1toPET", "RTstructAlignedTtoPET"]
-)
-def test_mr_contours_only_are_refused(
-    raw: Path, source: Path, capsys: pytest.CaptureFixture[str], description: str, keep_mr: bool
-) -> None:
-    Patient(source / "good", "STS_001").write()
-    patient = Patient(source / "bad", "STS_002")
-    patient.write_ct(), patient.write_pet()
-    mr = write_mr(patient, "AlignedT1toPETBOX")
-    write_rtstruct(source / "mr.dcm", patient.study, mr, {"GTV_Mass": patient.ball()}, description=description)
-    if not keep_mr:
-        for path in mr:
-            path.unlink()
-    assert convert(source) == 1
-    line = next(text for text in capsys.readouterr().err.splitlines() if "STS_002" in text)
-    assert "MR" in line
-    assert (raw / "Dataset501_STS" / "labelsTr" / "STS_001.nii.gz").is_file()
-
-
-def test_mr_contours_beside_those_on_pet_are_ignored(raw: Path, source: Path) -> None:
-    patient = Patient(source, "STS_001").write()
-    mr = write_mr(patient, "AlignedT1toPETBOX")
-    contours = {"GTV_Mass": patient.ball(0.5)}
-    write_rtstruct(source / "mr.dcm", patient.study, mr, contours, description="RTstructAlignedT1toPET")
-    assert convert(source, "--grid", "pet") == 0
-    label = sitk.GetArrayFromImage(load(raw, "STS_001")[2]) > 0
-    assert dice(label, patient.expected((20, 18, 12), 4.0, 1.0)) >= 0.97
-
-
-def edit(path: Path, **tags: object) -> None:
-    dataset = pydicom.dcmread(path)
-    for keyword, value in tags.items():
-        if value is DELETE:
-            del dataset[keyword]
-        else:
-            setattr(dataset, keyword, value)
-    dataset.save_as(path)
-
-
-def _missing_weight(patient: Patient) -> None:
-    for path in (patient.folder / "pet").iterdir():
-        edit(path, PatientWeight=None)
-
-
-def _missing_slice(patient: Patient) -> None:
-    files = {float(pydicom.dcmread(p).ImagePositionPatient[2]): p for p in (patient.folder / "ct").iterdir()}
-    files[16.0].unlink()
-
-
-def _no_ct(patient: Patient) -> None:
-    shutil.rmtree(patient.folder / "ct")
-
-
-def _no_pet(patient: Patient) -> None:
-    shutil.rmtree(patient.folder / "pet")
-
-
-def _no_rtstruct(patient: Patient) -> None:
-    shutil.rmtree(patient.folder / "rt")
-
-
-def _dynamic(patient: Patient) -> None:
-    shutil.rmtree(patient.folder / "pet")
-    values = np.concatenate([patient.pet_values(), patient.pet_values()])
-    patient.write_pet(values=values, heights=[4.0 * (index % 12) for index in range(24)])
-
-
-def _gantry_tilt(patient: Patient) -> None:
-    for path in (patient.folder / "ct").iterdir():
-        x, y, z = pydicom.dcmread(path).ImagePositionPatient
-        edit(path, ImagePositionPatient=[x, y + 0.2 * z, z])
-
-
-def _mixed_orientation(patient: Patient) -> None:
-    edit(next((patient.folder / "ct").iterdir()), ImageOrientationPatient=[1, 0, 0, 0, 0, -1])
-
-
-def _irregular(patient: Patient) -> None:
-    shutil.rmtree(patient.folder / "pet")
-    patient.write_pet(heights=[4.0 * index + (1.0 if index % 2 else 0.0) for index in range(12)])
-
-
-def _multi_frame(patient: Patient) -> None:
-    edit(next((patient.folder / "pet").iterdir()), NumberOfFrames=12)
-
-
-def _truncated(patient: Patient) -> None:
-    path = next((patient.folder / "ct").iterdir())
-    path.write_bytes(path.read_bytes()[:-500])
-
-
-def _other_units(patient: Patient) -> None:
-    for path in (patient.folder / "pet").iterdir():
-        edit(path, Units="PROPCPS")
-
-
-def _second_rtstruct(patient: Patient) -> None:
-    shutil.copyfile(patient.folder / "rt" / "ct.dcm", patient.folder / "rt" / "copy.dcm")
-    edit(patient.folder / "rt" / "copy.dcm", SOPInstanceUID="1.2.3.5")
-
-
-def _no_mass_roi(patient: Patient) -> None:
-    for path in (patient.folder / "rt").iterdir():
-        dataset = pydicom.dcmread(path)
-        dataset.StructureSetROISequence[0].ROIName = "Bladder"
-        dataset.save_as(path)
-
-
-def _empty_roi(patient: Patient) -> None:
-    for path in (patient.folder / "rt").iterdir():
-        dataset = pydicom.dcmread(path)
-        del dataset.ROIContourSequence[0]
-        dataset.save_as(path)
-
-
-def _other_frame(patient: Patient) -> None:
-    other = Study(patient.study.patient)
-    other.study_uid = patient.study.study_uid
-    shutil.rmtree(patient.folder / "rt")
-    ct = sorted((patient.folder / "ct").iterdir())
-    write_rtstruct(patient.folder / "rt" / "a.dcm", other, ct, {"GTV_Mass": patient.ball()}, reference="foreign")
-
-
-def _second_ct(patient: Patient) -> None:
-    shutil.rmtree(patient.folder / "rt")
-    patient.write_ct(folder=patient.folder / "ct2")
-    pet = sorted((patient.folder / "pet").iterdir(), key=lambda p: float(pydicom.dcmread(p).ImagePositionPatient[2]))
-    write_rtstruct(patient.folder / "rt" / "a.dcm", patient.study, pet, {"GTV_Mass": patient.ball()})
-
-
-DAMAGES = {
-    "weight": (_missing_weight, "(0010,1030)"),
-    "slice": (_missing_slice, "gap of 8.00 mm"),
-    "ct": (_no_ct, "no CT series"),
-    "pet": (_no_pet, "no PET series"),
-    "rtstruct": (_no_rtstruct, "no RTSTRUCT"),
-    "dynamic": (_dynamic, "several slices at one position"),
-    "tilt": (_gantry_tilt, "gantry tilt"),
-    "orientation": (_mixed_orientation, "mixes orientations"),
-    "irregular": (_irregular, "irregularly spaced"),
-    "multi-frame": (_multi_frame, "multi-frame"),
-    "truncated": (_truncated, "pixels cannot be read"),
-    "units": (_other_units, "(0054,1001)"),
-    "rtstructs": (_second_rtstruct, "2 RTSTRUCTs"),
-    "names": (_no_mass_roi, "no tumour ROI"),
-    "empty": (_empty_roi, "has no contours"),
-    "frame": (_other_frame, "frame of reference"),
-    "two ct": (_second_ct, "2 CT series"),
-}
-
-
-@pytest.mark.parametrize("name", DAMAGES)
-def test_a_damaged_patient_is_refused_and_the_rest_goes_on(
-    raw: Path, source: Path, capfd: pytest.CaptureFixture[str], name: str
-) -> None:
-    damage, reason = DAMAGES[name]
-    Patient(source / "good", "STS_001").write()
-    damage(Patient(source / "bad", "STS_002").write())
-    assert convert(source) == 1
-    streams = capfd.readouterr()
-    lines = [line for line in streams.err.splitlines() if line.startswith("refused")]
-    assert len(lines) == 1
-    assert "STS_002" in lines[0]
-    assert reason in lines[0]
-    assert "Traceback" not in streams.err + streams.out
-    assert sorted(path.name for path in (raw / "Dataset501_STS").rglob("*.nii.gz")) == [
-        "STS_001.nii.gz",
-        "STS_001_0000.nii.gz",
-        "STS_001_0001.nii.gz",
-    ]
-    assert [item["subject"] for item in report(raw)["refused"]] == ["STS_002"]
-    assert sorted(path.name for path in raw.iterdir()) == ["Dataset501_STS"]
-
-
-def test_nothing_convertible_writes_nothing(raw: Path, source: Path) -> None:
-    _missing_weight(Patient(source, "STS_002").write())
-    assert convert(source) == 2
-    assert not (raw / "Dataset501_STS").exists()
 
 
 def test_irregular_spacing_within_tolerance_is_measured(raw: Path, source: Path) -> None:
@@ -456,23 +201,6 @@ def test_dicom_without_preamble(raw: Path, source: Path) -> None:
     assert convert(source) == 0
 
 
-def test_roi_flag(raw: Path, source: Path) -> None:
-    patient = Patient(source, "STS_001").write()
-    assert convert(source, "--roi", "GTV_Edema") == 0
-    label = sitk.GetArrayFromImage(load(raw, "STS_001")[2]) > 0
-    assert dice(label, patient.expected((40, 36, 12), 2.0, 0.0, 1.5)) >= 0.99
-
-
-def test_dry_run_writes_nothing(raw: Path, source: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    Patient(source / "good", "STS_001").write()
-    _missing_weight(Patient(source / "bad", "STS_002").write())
-    assert convert(source, "--dry-run") == 1
-    streams = capsys.readouterr()
-    assert "STS_001" in streams.out
-    assert "(0010,1030)" in streams.err
-    assert not raw.exists()
-
-
 def test_headers_helper_is_what_the_suv_tests_use() -> None:
     """The factor expected above is the one of the synthetic header."""
     from dataset_conversion.suv import suvbw_scale_factors
@@ -522,34 +250,6 @@ def test_identical_copies_of_slices_are_left_out(raw: Path, source: Path) -> Non
     assert convert(source) == 0
     assert load(raw, "STS_001")[1].GetSize() == (40, 36, 12)
     assert patient.slices == 12
-
-
-def test_pet_of_another_examination_is_refused(raw: Path, source: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    patient = Patient(source, "STS_001")
-    ct = patient.write_ct()
-    write_rtstruct(source / "rt.dcm", patient.study, ct, {"GTV_Mass": patient.ball()}, description="RTstructCT")
-    other = Patient(source, "STS_001")
-    other.write_pet()
-    assert convert(source) == 2
-    assert "frame of reference" in capsys.readouterr().err
-
-
-def test_pet_far_from_the_tumour_is_refused(raw: Path, source: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    patient = Patient(source, "STS_001")
-    ct = patient.write_ct()
-    patient.write_pet(origin=(1.0, 1.0, 500.0))
-    write_rtstruct(source / "rt.dcm", patient.study, ct, {"GTV_Mass": patient.ball()}, description="RTstructCT")
-    assert convert(source) == 2
-    assert "does not cover the tumour" in capsys.readouterr().err
-
-
-def test_odd_contours_of_other_rois_do_not_matter(raw: Path, source: Path) -> None:
-    Patient(source, "STS_001").write()
-    for path in (source / "rt").iterdir():
-        dataset = pydicom.dcmread(path)
-        dataset.ROIContourSequence[1].ContourSequence[0].ContourGeometricType = "OPEN_NONPLANAR"
-        dataset.save_as(path)
-    assert convert(source) == 0
 
 
 def test_every_slice_gets_its_own_factor(raw: Path, source: Path) -> None:

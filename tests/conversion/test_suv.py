@@ -162,6 +162,10 @@ def test_decay_factor_that_counts_from_elsewhere_is_a_warning() -> None:
         ({"RadiopharmaceuticalStartTime": "10:15:00", "RadiopharmaceuticalStartDateTime": DELETE}, 45),
         ({"RadiopharmaceuticalStartTime": "1015", "RadiopharmaceuticalStartDateTime": ""}, 45),
         ({"RadiopharmaceuticalStartTime": DELETE, "RadiopharmaceuticalStartDateTime": "20200310100000+0100"}, 60),
+        # a date-time that cannot be, beside a time of day that can
+        ({"RadiopharmaceuticalStartTime": "103000", "RadiopharmaceuticalStartDateTime": "20200311100000"}, 30),
+        ({"RadiopharmaceuticalStartTime": "103000", "RadiopharmaceuticalStartDateTime": "20200310000000"}, 30),
+        ({"RadiopharmaceuticalStartTime": "103000", "RadiopharmaceuticalStartDateTime": "20200310"}, 30),
         # date shifted by de-identification, the time of day confirms it
         ({"RadiopharmaceuticalStartDateTime": "20200311100000.00"}, 60),
         ({"RadiopharmaceuticalStartDateTime": "19990102100000"}, 60),
@@ -175,6 +179,32 @@ def test_injection_time(injection: dict, minutes: float) -> None:
 def test_shifted_injection_date_warns() -> None:
     with pytest.warns(SUVWarning, match="0018,1078"):
         suvbw_scale_factors([pet_header({"RadiopharmaceuticalStartDateTime": "20200311100000.00"})])
+
+
+def test_injection_tags_that_differ_warn_with_both() -> None:
+    injection = {"RadiopharmaceuticalStartTime": "103000", "RadiopharmaceuticalStartDateTime": "20200311100000"}
+    with pytest.warns(SUVWarning, match=r"\(0018,1078\).*\(0018,1072\)"):
+        suvbw_scale_factors([pet_header(injection)])
+
+
+@pytest.mark.filterwarnings("ignore:Invalid value for VR")
+def test_injection_date_without_time_says_so() -> None:
+    injection = {"RadiopharmaceuticalStartTime": DELETE, "RadiopharmaceuticalStartDateTime": "20200310"}
+    with pytest.raises(SUVError, match=r"time of day is missing, and \(0018,1072\) \w+ is missing"):
+        suvbw_scale_factors([pet_header(injection)])
+
+
+@pytest.mark.parametrize("clocks", [("235000", "000500"), ("000500", "001000"), ("235000", "235500")])
+def test_beds_after_midnight_without_acquisition_date(clocks: tuple[str, ...]) -> None:
+    """The day nearest to the series' start is the one meant; the series date would put beds a day too early."""
+    injection = {"RadiopharmaceuticalStartTime": "225000", "RadiopharmaceuticalStartDateTime": DELETE}
+    slices = [
+        pet_header(injection, SeriesTime="235000", AcquisitionDate=DELETE, AcquisitionTime=clock) for clock in clocks
+    ]
+    conversion = suv_conversion(slices)
+    assert conversion.factors == pytest.approx([ONE_HOUR] * 2, rel=1e-9)
+    assert conversion.provenance["reference_time"] == "2020-03-10T23:50:00"
+    assert any("AcquisitionDate" in text for text in conversion.warnings)
 
 
 @pytest.mark.parametrize("with_date", [True, False])
@@ -278,6 +308,25 @@ def test_philips_counts(creator: str | None, vr: str) -> None:
         assert suvbw_scale_factors([counts(suv="0.0005", activity="2.5 ")]) == pytest.approx([0.0005])
 
 
+@pytest.mark.parametrize(
+    ("vr", "creator"),
+    [
+        ("UN", b"Philips PET Private Group "),
+        ("UN", b"Philips PET Private Group\0"),
+        ("LO", "PHILIPS PET PRIVATE GROUP"),
+        ("LO", " philips pet private group "),
+    ],
+)
+@pytest.mark.parametrize("block", [0x10, 0x12])
+def test_private_creator_in_any_form(vr: str, creator: str | bytes, block: int) -> None:
+    header = pet_header(Units="CNTS", Manufacturer="Philips")
+    header.add_new((0x7053, block), vr, creator)
+    header.add_new((0x7053, block << 8), "UN", b"0.0005\0")
+    conversion = suv_conversion([header])
+    assert conversion.factors == pytest.approx([0.0005])
+    assert "philips_private_tag" not in conversion.provenance
+
+
 REFUSED = {
     "modality": ("0008,0060", {}, {"Modality": "CT"}),
     "no modality": ("0008,0060", {}, {"Modality": DELETE}),
@@ -334,7 +383,7 @@ REFUSED = {
     ),
     "injection tags contradict": (
         "0018,1078",
-        {"RadiopharmaceuticalStartTime": "103000", "RadiopharmaceuticalStartDateTime": "20200311100000"},
+        {"RadiopharmaceuticalStartTime": "113000", "RadiopharmaceuticalStartDateTime": "20200311100000"},
         {},
     ),
     "unreadable time": (

@@ -41,6 +41,8 @@ def test_roles(dataset_json, roles):
         (dataset("CT", "T1"), r"\['CT', 'T1'\]"),
         (dataset("CT"), r"\['CT'\]"),
         (dataset(), r"\[\]"),
+        ({"channel_names": {"CT": 0, "PET": 1}}, "name for each channel number"),
+        ({"channel_names": ["CT", "PET"]}, "name for each channel number"),
         (dataset("CT", "PET", h2a_modalities=["CT", "CT"]), r"h2a_modalities is \['CT', 'CT'\]"),
         (dataset("CT", "PET", h2a_modalities=["CT"]), "one modality for each of the 2 channels"),
         (dataset("CT", "PET", h2a_modalities="CT,PET"), "'CT,PET'"),
@@ -49,6 +51,6 @@ def test_roles(dataset_json, roles):
 def test_anything_else_says_what_was_found(dataset_json, found):
     with pytest.raises(ChannelError, match=found):
         channel_roles(dataset_json)
-    if "h2a_modalities" not in dataset_json:
+    if "h2a_modalities" not in dataset_json and "number" not in found:
         with pytest.raises(ChannelError, match="exactly two image channels, one CT"):
             channel_roles(dataset_json)

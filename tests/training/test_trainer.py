@@ -68,7 +68,7 @@ def plain_loss(logits, target):
     return entropy - torch.stack(scores).mean()
 
 
-def test_loss_is_equation_5_over_all_levels(make_trainer):
+def test_loss_covers_all_levels_with_the_weights_of_equation_5(make_trainer):
     trainer = make_trainer()
     x = torch.randn(2, 2, *trainer.configuration_manager.patch_size)
     outputs, targets = trainer.network(x), targets_of(trainer, 2)
@@ -89,7 +89,7 @@ def test_regions_are_independent_sigmoids(make_trainer):
     trainer = make_trainer(labels=REGIONS)
     assert trainer.network.decoder.independent_classes
     assert type(trainer.loss.loss).__name__ == "DC_and_BCE_loss"
-    assert trainer.network(torch.randn(1, 2, 32, 32, 32))[0].shape[1] == 2
+    assert trainer.network(torch.randn(1, 2, 24, 24, 24))[0].shape[1] == 2
     assert not make_trainer(labels=LABELS).network.decoder.independent_classes
 
 
@@ -119,7 +119,7 @@ def test_the_order_of_the_channels_stands_in_the_plans(make_trainer):
     )
     rebuilt.load_state_dict(trainer.network.state_dict())
     trainer.set_deep_supervision_enabled(False)
-    x = torch.randn(1, 2, 32, 32, 32)
+    x = torch.randn(1, 2, 24, 24, 24)
     assert torch.equal(rebuilt(x), trainer.network(x))
 
 
@@ -166,7 +166,7 @@ def test_pretrained_weights_of_another_number_of_classes(make_trainer, tmp_path)
 
 def test_checkpoint_resumes(make_trainer, tmp_path):
     trainer = make_trainer()
-    batch = {"data": torch.randn(2, 2, 32, 32, 32), "target": [t.float() for t in targets_of(trainer, 2)]}
+    batch = {"data": torch.randn(2, 2, 24, 24, 24), "target": [t.float() for t in targets_of(trainer, 2)]}
     trainer.train_step(batch)
     trainer.save_checkpoint(str(tmp_path / "checkpoint.pth"))
     expected = float(trainer.train_step(batch)["loss"])

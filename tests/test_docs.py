@@ -1,0 +1,50 @@
+"""What README and docs say is there: links, commands, flags, trainers and Python examples."""
+
+from __future__ import annotations
+
+import re
+from importlib.metadata import entry_points
+
+import pytest
+
+from tests.conftest import ROOT, clean_environment, run
+
+PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
+EXAMPLES = [(page, block) for page in PAGES for block in re.findall(r"```python\n(.*?)```", page.read_text(), re.S)]
+
+
+@pytest.mark.parametrize(("page", "code"), EXAMPLES, ids=[f"{page.name}-{i}" for i, (page, _) in enumerate(EXAMPLES)])
+def test_python_examples_run(page, code):
+    exec(compile(code, page.name, "exec"), {})
+
+
+@pytest.mark.parametrize("page", PAGES, ids=[p.name for p in PAGES])
+def test_links_and_files_exist(page):
+    text = page.read_text()
+    for target in re.findall(r"\]\((?!http)([^)#]+)", text):
+        assert (page.parent / target).exists(), target
+    for path in re.findall(r"\b(?:docs|benchmarks|tests)/[\w/]+\.(?:md|py)", text):
+        assert (ROOT / path).exists(), path
+
+
+@pytest.mark.parametrize("page", PAGES, ids=[p.name for p in PAGES])
+def test_commands_exist(page):
+    ours = {e.name for e in entry_points(group="console_scripts") if e.name.startswith("h2a_")}
+    assert set(re.findall(r"\bh2a_(?:convert|demo|plan)\w*", page.read_text())) <= ours
+
+
+def test_flags_in_the_readme_are_the_commands():
+    text = (ROOT / "README.md").read_text() + (ROOT / "docs" / "conversion.md").read_text()
+    for command in ("h2a_convert_sts", "h2a_convert_autopet", "h2a_plan", "h2a_demo"):
+        help_text = run(command, "--help", environment=clean_environment()).stdout
+        for line in re.findall(rf"^{command} (.*)$", text, re.M):
+            for flag in re.findall(r"(?<!\S)--?[a-z][\w-]*", line.split("#")[0]):
+                assert flag in help_text, f"{command} {flag}"
+
+
+def test_trainers_in_the_docs_are_found():
+    from nnunet_h2a.trainers import TRAINERS
+
+    for page in PAGES:
+        for name in re.findall(r"nnUNetTrainer(?:H2ASeg|Demo)(?:Demo)?(?:_\w+)?\b", page.read_text()):
+            assert name in TRAINERS, f"{page.name}: {name}"
