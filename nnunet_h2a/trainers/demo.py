@@ -14,11 +14,11 @@ from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunet_h2a.trainers.nnUNetTrainerH2ASeg import nnUNetTrainerH2ASeg
 from nnunet_h2a.training.recipe import OptimizerRecipe
 
-DEMO_EPOCHS, DEMO_ITERATIONS, DEMO_VALIDATION_ITERATIONS, DEMO_SEED = 10, 40, 4, 0
+DEMO_EPOCHS, DEMO_ITERATIONS, DEMO_VALIDATION_ITERATIONS, DEMO_SEED = 12, 40, 4, 0
 
 
 class _DemoMixin:
-    """Cuts an nnU-Net trainer down to the demo's length and gives it an optimiser that learns within it."""
+    """Cuts an nnU-Net trainer down to the demo's length and optimises it by ``recipe``."""
 
     def __init__(
         self,
@@ -53,6 +53,4 @@ class nnUNetTrainerDemo(_DemoMixin, nnUNetTrainer):
 
 
 class nnUNetTrainerH2ASegDemo(_DemoMixin, nnUNetTrainerH2ASeg):
-    """:class:`nnUNetTrainerH2ASeg` for the demo, without its warm-up."""
-
-    recipe = OptimizerRecipe("AdamW", learning_rate=1e-3, weight_decay=1e-5)
+    """:class:`nnUNetTrainerH2ASeg` for the demo, with its own recipe."""
