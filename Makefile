@@ -30,7 +30,7 @@ demo: $(READY)
 	$(BIN)/h2a_demo -o demo_output
 
 test: $(READY)
-	$(BIN)/python -m pytest -m "not full"
+	$(BIN)/python -m pytest -m "not full" --durations=12
 
 test-full: $(READY)
 	$(BIN)/python -m pytest
