@@ -96,14 +96,36 @@ def test_channels_regions_and_cascade(preprocessed):
     }  # fmt: skip
     plans = make_plans(base, dataset_json, network="H2ASeg", plans_name="P", configurations=["3d_cascade_fullres"])
     assert set(plans["configurations"]) == {"3d_cascade_fullres", "3d_fullres", "3d_lowres"}
+    assert plans["configurations"]["3d_lowres"]["next_stage"] == ["3d_cascade_fullres"]
     _, network = build(plans, "3d_cascade_fullres")
     assert (network.ct_channel, network.pet_channel) == (1, 0)
     assert network.decoder.independent_classes
 
 
+def test_a_low_resolution_alone_has_no_next_stage(preprocessed):
+    """nnU-Net predicts for the next stage when training has ended, and would not find it in the plans."""
+    base = json.loads((preprocessed / "nnUNetPlans.json").read_text())
+    base["configurations"]["3d_fullres"]["next_stage"] = "3d_cascade_fullres"
+    dataset_json = json.loads((preprocessed / "dataset.json").read_text())
+    plans = make_plans(base, dataset_json, network="H2ASeg", plans_name="P", configurations=["3d_fullres"])
+    assert PlansManager(plans).get_configuration("3d_fullres").next_stage_names is None
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--batch-size", "0"], ["--batch-size", "-3"], ["--features", "4", "0"], ["--patch-size", "x"]]
+)
+def test_sizes_are_positive_integers(preprocessed, capsys, arguments):
+    with pytest.raises(SystemExit) as stopped:
+        main(["-d", "711", *arguments])
+    assert stopped.value.code == 2
+    assert "is not a positive integer" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["-d", ""], "no dataset ''"),
+        (["-d", "711", "-c", "3d_fullres", "--patch-size", "8", "8", "8"], "nnU-Net needs 3"),
         (["-d", "712"], "nnUNetv2_plan_and_preprocess -d 712"),
         (["-d", "711", "-p", "Missing"], "Missing.json does not exist"),
         (["-d", "711", "-c", "3d_lowres"], "no configuration 3d_lowres; they have"),
@@ -143,6 +165,12 @@ def test_plans_that_are_not_json(preprocessed, capsys):
     (preprocessed / "nnUNetPlans.json").write_text("{")
     assert main(["-d", "711"]) == 2
     assert "is not JSON" in capsys.readouterr().err
+
+
+def test_plans_that_are_something_else(preprocessed, capsys):
+    (preprocessed / "nnUNetPlans.json").write_text('{"plans_name": "nnUNetPlans"}')
+    assert main(["-d", "711"]) == 2
+    assert "has no configurations: write it anew" in capsys.readouterr().err
 
 
 def test_command_error_is_for_bad_values_in_python_too(preprocessed):

@@ -123,6 +123,18 @@ def test_the_order_of_the_channels_stands_in_the_plans(make_trainer):
     assert torch.equal(rebuilt(x), trainer.network(x))
 
 
+def test_plans_of_another_channel_order_are_refused(make_trainer):
+    with pytest.raises(ChannelError, match=r"plans say ct_channel 0, dataset.json says 1: .* h2a_plan"):
+        make_trainer(plans="nnUNetH2ASegPlans", h2a_modalities=["PET", "CT"], initialize=False)
+
+
+def test_cascade_channels_are_added_to_both_branches(make_trainer):
+    """nnU-Net asks for one more channel per foreground label in 3d_cascade_fullres."""
+    trainer = make_trainer(initialize=False)
+    network = trainer.build_network_architecture(trainer.plans_manager, trainer.configuration_manager, 4, 3, True)
+    assert {branch[0].main[0].in_channels for branch in (network.encoder.ct, network.encoder.pet)} == {3}
+
+
 def test_a_dataset_that_is_not_pet_ct_is_refused(make_trainer):
     with pytest.raises(ChannelError, match="T1"):
         make_trainer(channel_names={"0": "T1", "1": "T2"}, h2a_modalities=["T1", "T2"], initialize=False)
