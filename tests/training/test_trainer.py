@@ -93,6 +93,24 @@ def test_regions_are_independent_sigmoids(make_trainer):
     assert not make_trainer(labels=LABELS).network.decoder.independent_classes
 
 
+def test_ignored_voxels_do_not_count(make_trainer):
+    """Regions with an ignore label: the targets' last channel marks what is left out of the loss."""
+    trainer = make_trainer(labels=REGIONS | {"ignore": 3}, regions_class_order=[1, 2])
+    assert trainer.label_manager.ignore_label == 3
+    x = torch.randn(2, 2, *trainer.configuration_manager.patch_size)
+    outputs = [o.detach().requires_grad_() for o in trainer.network(x)]
+    assert {o.shape[1] for o in outputs} == {2}
+    targets = [torch.cat([(o > 0).float(), torch.zeros_like(o[:, :1])], dim=1) for o in outputs]
+    for target in targets:
+        target[:, -1, target.shape[2] // 2 :] = 1
+    loss = trainer.loss(outputs, targets)
+    loss.backward()
+    for output in outputs:
+        half = output.shape[2] // 2
+        assert output.grad[:, :, :half].abs().min() > 0
+        assert output.grad[:, :, half:].abs().max() == 0
+
+
 def test_a_step_reaches_every_parameter_and_lowers_the_loss(make_trainer):
     torch.manual_seed(0)
     trainer = make_trainer()
