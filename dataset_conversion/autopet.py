@@ -72,6 +72,9 @@ def identify(folder: str) -> tuple[str, str, str]:
     return patient, f"fdg_{short}_{study['year']}{study['month']}{study['day']}", digits
 
 
+LOOKS_FOR = "SUV.nii.gz, SEG.nii.gz and CTres.nii.gz (or CT.nii.gz) of each study"
+
+
 def discover(source: Path, options: Mapping[str, Any], progress: Callable[[], None]) -> Discovery:
     """Find the studies below ``source``, name them, and settle on the orientation most of them have."""
     named: dict[str, list[tuple[str, str, str, dict[str, str]]]] = {}
@@ -260,5 +263,5 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--drop-negatives", action="store_true", help="leave out studies without a lesion")
     arguments = parser.parse_args(argv)
     options = {"grid": arguments.grid, "drop_negatives": arguments.drop_negatives}
-    recipe = Recipe("h2a_convert_autopet", SPEC, options, discover, convert, describe, unit="studies")
+    recipe = Recipe("h2a_convert_autopet", SPEC, options, discover, convert, describe, LOOKS_FOR, unit="studies")
     return execute(recipe, arguments)

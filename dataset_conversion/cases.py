@@ -123,6 +123,7 @@ class Recipe:
         discover: (source, options, progress) -> Discovery.
         convert: (case, options, writer) -> record for the report; raises ConversionError.
         describe: (case, options) -> one line for ``--dry-run``; raises ConversionError where convert would early on.
+        looks_for: what it takes from a source folder, for messages.
         unit: what its cases are, for messages.
     """
 
@@ -132,6 +133,7 @@ class Recipe:
     discover: Callable[[Path, Mapping[str, Any], Callable[[], None]], Discovery]
     convert: Callable[[Case, Mapping[str, Any], CaseWriter], dict[str, Any]]
     describe: Callable[[Case, Mapping[str, Any]], str]
+    looks_for: str
     unit: str = "patients"
 
 

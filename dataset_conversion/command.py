@@ -95,8 +95,8 @@ def _execute(recipe: Recipe, arguments: argparse.Namespace) -> int:
     if not discovery.cases:
         _report_refusals(discovery.refusals)
         counted = f" ({_count_refusals(discovery.refusals, 0, recipe.unit)})" if discovery.refusals else ""
-        what = f"holds nothing that can be converted{counted}"
-        raise UsageError(what, "see docs/conversion.md for what is looked for", source)
+        what = f"{'is a file and ' if source.is_file() else ''}holds nothing that can be converted{counted}"
+        raise UsageError(what, f"give -i the folder with {recipe.looks_for}", source)
     if arguments.dry_run:
         return _dry_run(recipe, discovery, dataset, arguments.test)
     processes = arguments.num_processes or default_processes()
@@ -118,11 +118,17 @@ def _execute(recipe: Recipe, arguments: argparse.Namespace) -> int:
             f"warning: {stale} holds other folds than the new dataset and nnU-Net would stop; "
             f"type: rm {shlex.quote(str(stale))}"
         )
+    prepared = raw_dataset.stale_fingerprint(dataset.name) if outcome.converted else None
+    if prepared is not None:
+        print_error(
+            f"warning: {prepared} was made of an earlier state of this dataset, and nnU-Net would go on with it; plan "
+            "with --clean, as below"
+        )
     for text in outcome.edits:
         print_error(f"warning: {dataset / DATASET_JSON}: {text}")
     print("next:")
     commands = raw_dataset.next_commands(
-        arguments.dataset_id, len(outcome.splits), outcome.test_cases > 0, dataset.name
+        arguments.dataset_id, len(outcome.splits), outcome.test_cases > 0, dataset.name, prepared is not None
     )
     for line in commands:
         print(f"  {line}")

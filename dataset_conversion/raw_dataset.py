@@ -169,12 +169,24 @@ def stale_preprocessed_splits(dataset_name: str, splits: Sequence[Mapping[str, S
     return None if same else path
 
 
-def next_commands(dataset_id: int, folds: int, has_test_cases: bool, dataset_name: str) -> list[str]:
-    """Return the nnU-Net commands to type after the conversion."""
+def stale_fingerprint(dataset_name: str) -> Path | None:
+    """Return the fingerprint that nnU-Net has of the dataset, None where it has none.
+
+    Unless told to ``--clean``, nnU-Net plans changed images by the fingerprint of the former ones.
+    """
+    folder = os.environ.get("nnUNet_preprocessed", "").strip()
+    path = Path(folder).expanduser() / dataset_name / "dataset_fingerprint.json"
+    return path if folder and path.is_file() else None
+
+
+def next_commands(
+    dataset_id: int, folds: int, has_test_cases: bool, dataset_name: str, clean: bool = False
+) -> list[str]:
+    """Return the nnU-Net commands to type after the conversion; ``clean`` has nnU-Net take a new fingerprint."""
     which = "fold 0" if folds == 1 else f"folds 0 to {folds - 1}"
     trainer = "-tr nnUNetTrainerH2ASeg"
     commands = [
-        f"nnUNetv2_plan_and_preprocess -d {dataset_id} --verify_dataset_integrity",
+        f"nnUNetv2_plan_and_preprocess -d {dataset_id} --verify_dataset_integrity{' --clean' if clean else ''}",
         f"nnUNetv2_train {dataset_id} 3d_fullres 0 {trainer}    # {which}",
     ]
     if has_test_cases:

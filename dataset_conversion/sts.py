@@ -31,6 +31,9 @@ SPEC = DatasetSpec(
 )
 
 
+LOOKS_FOR = "the patients' DICOM files: CT, PET and RTSTRUCT"
+
+
 def group_patients(files: Sequence[DicomFile], source: Path) -> dict[str, list[DicomFile]]:
     """Group files by PatientID; without one, by that of the same study, then PatientName, then the first folder."""
     id_of_study = {file.study_uid: file.patient_id for file in files if file.patient_id and file.study_uid}
@@ -172,5 +175,5 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     arguments = parser.parse_args(argv)
     options = {"grid": arguments.grid, "roi": sorted(arguments.roi)}
-    recipe = Recipe("h2a_convert_sts", SPEC, options, discover, convert, describe)
+    recipe = Recipe("h2a_convert_sts", SPEC, options, discover, convert, describe, LOOKS_FOR)
     return execute(recipe, arguments)

@@ -201,7 +201,10 @@ def select(patient: PatientFiles, grid: str, wanted_rois: Sequence[str] = ()) ->
     series = _usable_series(patient, notes)
     for modality in ("CT", "PT"):
         if not any(item.modality == modality for item in series):
-            raise ConversionError(f"has no {_SPOKEN[modality]} series", "restore its files")
+            raise ConversionError(
+                f"has no {_SPOKEN[modality]} series here",
+                "give -i a folder that holds the patient's CT, PET and RTSTRUCT",
+            )
     if not patient.structures:
         raise ConversionError("has no RTSTRUCT, so no tumour contours", "restore its file")
     stacks = _Stacks()
@@ -220,6 +223,10 @@ def select(patient: PatientFiles, grid: str, wanted_rois: Sequence[str] = ()) ->
     for name in ("CT", "PT"):
         if name not in chosen:
             chosen[name] = _companion([item for item in series if item.modality == name], drawing, stacks, notes)
+    for name, taken in chosen.items():
+        others = [item for item in series if item.modality == name and item.uid != taken.uid]
+        if others and not any(str(taken) in note for note in notes):
+            notes.append(f"of {len(others) + 1} {_SPOKEN[name]} series {taken} was taken, the contoured one")
     selection = Selection(
         ct=stacks(chosen["CT"]),
         pet=stacks(chosen["PT"]),

@@ -69,6 +69,8 @@ def _plan(arguments: argparse.Namespace) -> int:
     folder = dataset_folder(nnunet_folder("nnUNet_preprocessed"), arguments.dataset)
     number = int(folder.name[len("Dataset") :].split("_")[0])
     cure = f"nnUNetv2_plan_and_preprocess -d {number}"
+    if not (folder / f"{arguments.plans}.json").exists() and (others := sorted(folder.glob("*Plans*.json"))):
+        raise CommandError(f"{folder} has no plans {arguments.plans}; it has {', '.join(o.stem for o in others)} (-p)")
     base = _read_json(folder / f"{arguments.plans}.json", cure, ["plans_name", "configurations"])
     dataset_json = _read_json(folder / "dataset.json", cure, ["channel_names", "labels"])
     name = arguments.plans_name or f"nnUNet{arguments.network}Plans"
@@ -76,6 +78,10 @@ def _plan(arguments: argparse.Namespace) -> int:
         raise CommandError(f"--plans-name {name}: use letters, digits and single underscores")
     if name == arguments.plans:
         raise CommandError(f"--plans-name {name} would overwrite the plans it starts from: choose another name")
+    try:
+        channel_roles(dataset_json)
+    except ChannelError as error:
+        raise CommandError(f"{folder}: {error}") from error
     plans = make_plans(
         base, dataset_json, network=arguments.network, plans_name=name, configurations=arguments.configurations,
         patch_size=arguments.patch_size, batch_size=arguments.batch_size, n_stages=arguments.n_stages,
@@ -289,9 +295,18 @@ def _report(plans: dict[str, Any], target: Path, number: int, network: str) -> N
             f"  {key}: patch {configuration['patch_size']}, batch {configuration['batch_size']}, "
             f"{kwargs['n_stages']} stages of {kwargs['features_per_stage']} channels, strides {kwargs['strides']}"
         )
-    configuration = next(iter(plans["configurations"]))
-    print("next, with the stock trainer:")
-    print(f"  nnUNetv2_train {number} {configuration} 0 -p {plans['plans_name']}")
-    if network in PUBLISHED_WIDTHS:
-        print("or with the network's own recipe:")
-        print(f"  nnUNetv2_train {number} {configuration} 0 -p {plans['plans_name']} -tr nnUNetTrainer{network}")
+    ready = [
+        key
+        for key, configuration in plans["configurations"].items()
+        if (target.parent / configuration.get("data_identifier", "")).is_dir() and "data_identifier" in configuration
+    ]
+    configuration = (ready or list(plans["configurations"]))[-1]
+    print("next:")
+    if not ready:
+        print(f"  nnUNetv2_preprocess -d {number} -c {configuration} -plans_name {plans['plans_name']}")
+    train = f"  nnUNetv2_train {number} {configuration} 0 -p {plans['plans_name']}"
+    if network not in PUBLISHED_WIDTHS:
+        print(train)
+        return
+    print(f"{train} -tr nnUNetTrainer{network}    # with the optimiser that the network learns with")
+    print(f"{train}    # with nnU-Net's own optimiser and loss")

@@ -45,6 +45,14 @@ class FusionTrainer(nnUNetTrainer):
         check_same_channels(self.configuration_manager.network_arch_init_kwargs, settings)
         self.plans_manager.plans[PLANS_KEY] = settings
 
+    def initialize(self) -> None:
+        super().initialize()
+        # nnU-Net's log shows the plan's architecture, which is that of its own U-Net for a stock plan.
+        network = self.network.module if self.is_ddp else self.network
+        parameters = sum(p.numel() for p in network.parameters())
+        name = type(getattr(network, "_orig_mod", network)).__name__
+        self.print_to_log_file(f"network: {name}, {parameters / 1e6:.2f} million parameters; recipe: {self.recipe}")
+
     def configure_optimizers(self) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
         return self.recipe.build(self.network.parameters(), self.num_epochs)
 

@@ -49,8 +49,13 @@ def test_defaults_keep_the_patch_and_take_the_papers_widths(preprocessed, capsys
         assert network.patch_size == tuple(theirs["patch_size"])
         network.compute_conv_feature_map_size(configuration.patch_size)
     printed = capsys.readouterr().out
-    assert "nnUNetv2_train 711 2d 0 -p nnUNetH2ASegPlans\n" in printed
-    assert "-tr nnUNetTrainerH2ASeg" in printed
+    # Nothing is preprocessed in this copy of the dataset.
+    assert "nnUNetv2_preprocess -d 711 -c 3d_fullres -plans_name nnUNetH2ASegPlans\n" in printed
+    (preprocessed / base["configurations"]["2d"]["data_identifier"]).mkdir()
+    assert main(["-d", "711"]) == 0
+    printed = capsys.readouterr().out
+    assert "nnUNetv2_preprocess" not in printed
+    assert "nnUNetv2_train 711 2d 0 -p nnUNetH2ASegPlans -tr nnUNetTrainerH2ASeg " in printed
 
 
 def test_sizes_by_hand(preprocessed):
@@ -127,7 +132,7 @@ def test_sizes_are_positive_integers(preprocessed, capsys, arguments):
         (["-d", ""], "no dataset ''"),
         (["-d", "711", "-c", "3d_fullres", "--patch-size", "8", "8", "8"], "nnU-Net needs 3"),
         (["-d", "712"], "nnUNetv2_plan_and_preprocess -d 712"),
-        (["-d", "711", "-p", "Missing"], "Missing.json does not exist"),
+        (["-d", "711", "-p", "Missing"], "has no plans Missing; it has nnUNetPlans (-p)"),
         (["-d", "711", "-c", "3d_lowres"], "no configuration 3d_lowres; they have"),
         (["-d", "711", "-c", "2d", "--patch-size", "32", "32", "32"], "configuration 2d has 2 axes"),
         (["-d", "711", "--patch-size", "32"], "no configuration of the plans has 1 axes"),
