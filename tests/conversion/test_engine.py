@@ -400,6 +400,34 @@ def test_older_preprocessed_splits(
     assert (f"rm {old}" in error) == (not same)
 
 
+def test_a_changed_dataset_asks_for_a_new_fingerprint(
+    raw: Path, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Without --clean nnU-Net would plan the new images by the fingerprint of the old ones."""
+    folder = tmp_path / "pre"
+    monkeypatch.setenv("nnUNet_preprocessed", str(folder))
+    write_patients(source, 1, 2)
+    assert convert(source) == 0
+    assert "--clean" not in capsys.readouterr().out
+    (folder / DATASET).mkdir(parents=True)
+    (folder / DATASET / "dataset_fingerprint.json").write_text("{}")
+    assert convert(source) == 0
+    printed = capsys.readouterr()
+    assert "--clean" not in printed.out + printed.err
+    assert convert(source, "--grid", "pet") == 0
+    printed = capsys.readouterr()
+    assert "--verify_dataset_integrity --clean\n" in printed.out
+    assert "dataset_fingerprint.json was made of an earlier state" in printed.err
+
+
+def test_a_file_in_place_of_a_folder(raw: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "readme.txt").write_text("no image")
+    assert convert(tmp_path / "readme.txt") == 2
+    error = capsys.readouterr().err
+    assert "is a file and holds nothing that can be converted" in error
+    assert "CT, PET and RTSTRUCT" in error
+
+
 @pytest.mark.parametrize(("patients", "folds"), [(1, 1), (2, 2), (4, 4), (5, 5), (12, 5)])
 def test_folds(patients: int, folds: int) -> None:
     cases = {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 from pathlib import Path
@@ -55,6 +56,8 @@ def test_of_two_pet_series_the_contoured_one_is_taken(raw: Path, source: Path) -
         assert main(["-i", str(source), "-d", dataset, "-np", "1", "--grid", grid]) == 0
         highest = sitk.GetArrayFromImage(load(raw, "STS_100", f"Dataset{dataset}_STS")[1]).max()
         assert highest == pytest.approx(patient.pet_values().max() * ONE_HOUR, rel=0.05)
+        report = json.loads((raw / f"Dataset{dataset}_STS" / "conversion_report.json").read_text())
+        assert any("of 2 PET series" in text for text in report["cases"]["STS_100"]["warnings"])
 
 
 def test_pet_without_attenuation_correction_is_left_out(raw: Path, source: Path) -> None:
