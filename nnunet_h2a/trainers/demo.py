@@ -6,6 +6,7 @@ They are no recipe for real data: nnU-Net's own length, augmentation and mirrori
 from __future__ import annotations
 
 import random
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -14,11 +15,16 @@ from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunet_h2a.trainers.nnUNetTrainerH2ASeg import nnUNetTrainerH2ASeg
 from nnunet_h2a.training.recipe import OptimizerRecipe
 
-DEMO_EPOCHS, DEMO_ITERATIONS, DEMO_VALIDATION_ITERATIONS, DEMO_SEED = 12, 40, 4, 0
+DEMO_ITERATIONS, DEMO_VALIDATION_ITERATIONS, DEMO_SEED = 40, 4, 0
 
 
 class _DemoMixin:
-    """Cuts an nnU-Net trainer down to the demo's length and optimises it by ``recipe``."""
+    """Cuts an nnU-Net trainer down to the demo's length and optimises it by ``recipe``.
+
+    Subclasses set :attr:`demo_epochs`: as many as the network needs to learn with any seed.
+    """
+
+    demo_epochs: ClassVar[int]
 
     def __init__(
         self,
@@ -29,7 +35,7 @@ class _DemoMixin:
         device: torch.device = torch.device("cuda"),  # noqa: B008 - the signature must be nnU-Net's
     ) -> None:
         super().__init__(plans, configuration, fold, dataset_json, device)
-        self.num_epochs = DEMO_EPOCHS
+        self.num_epochs = self.demo_epochs
         self.num_iterations_per_epoch = DEMO_ITERATIONS
         self.num_val_iterations_per_epoch = DEMO_VALIDATION_ITERATIONS
         self.initial_lr, self.weight_decay = self.recipe.learning_rate, self.recipe.weight_decay
@@ -50,7 +56,10 @@ class nnUNetTrainerDemo(_DemoMixin, nnUNetTrainer):
     """The stock nnU-Net trainer for the demo."""
 
     recipe = OptimizerRecipe("AdamW", learning_rate=2e-3, weight_decay=1e-5)
+    demo_epochs = 20
 
 
 class nnUNetTrainerH2ASegDemo(_DemoMixin, nnUNetTrainerH2ASeg):
     """:class:`nnUNetTrainerH2ASeg` for the demo, with its own recipe."""
+
+    demo_epochs = 12
