@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -27,8 +28,8 @@ CPU_SETTINGS = {
 }
 
 
-#: How lines begin in which our commands say what is wrong.
-COMPLAINTS = ("error", "refused")
+#: Lines in which our commands say what is wrong: "error: …", "h2a_convert_sts: error: …", "refused STS_007: …".
+COMPLAINT = re.compile(r"(\w+: )?error: |refused ")
 
 
 class CommandRunner:
@@ -84,7 +85,7 @@ class CommandRunner:
                 env=self.environment | (environment or {}), stdout=handle, stderr=subprocess.STDOUT,
             )  # fmt: skip
             code = self._wait(process, log)
-        complaints = [line for line in log.read_text(errors="replace").splitlines() if line.startswith(COMPLAINTS)]
+        complaints = [line for line in log.read_text(errors="replace").splitlines() if COMPLAINT.match(line)]
         if code not in accepted:
             last = complaints[-1] if complaints else _last_line(log) or "it printed nothing"
             raise CommandError(f"{words[0]} ended with code {code}: {last} (all it printed: {log})")

@@ -79,14 +79,13 @@ def _plan(arguments: argparse.Namespace) -> int:
     if name == arguments.plans:
         raise CommandError(f"--plans-name {name} would overwrite the plans it starts from: choose another name")
     try:
-        channel_roles(dataset_json)
+        plans = make_plans(
+            base, dataset_json, network=arguments.network, plans_name=name, configurations=arguments.configurations,
+            patch_size=arguments.patch_size, batch_size=arguments.batch_size, n_stages=arguments.n_stages,
+            features=arguments.features,
+        )  # fmt: skip
     except ChannelError as error:
         raise CommandError(f"{folder}: {error}") from error
-    plans = make_plans(
-        base, dataset_json, network=arguments.network, plans_name=name, configurations=arguments.configurations,
-        patch_size=arguments.patch_size, batch_size=arguments.batch_size, n_stages=arguments.n_stages,
-        features=arguments.features,
-    )  # fmt: skip
     target = folder / f"{name}.json"
     temporary = target.with_suffix(".json.part")
     temporary.write_text(json.dumps(plans, indent=4) + "\n", encoding="utf-8")
@@ -125,7 +124,8 @@ def make_plans(
         Content of the new plans file. Data identifiers are unchanged, so nothing is preprocessed again.
 
     Raises:
-        CommandError: for sizes that do not go together, or a dataset that is not CT and PET.
+        CommandError: for sizes that do not go together.
+        ChannelError: where the dataset is not CT and PET and ``network`` is one of ours.
     """
     plans = deepcopy(base)
     plans["plans_name"] = plans_name
@@ -249,10 +249,7 @@ def _architecture(
     patch_size: Sequence[int],
     dataset_json: dict[str, Any],
 ) -> dict[str, Any]:
-    try:
-        ct_channel, pet_channel = channel_roles(dataset_json)
-    except ChannelError as error:
-        raise CommandError(str(error)) from error
+    ct_channel, pet_channel = channel_roles(dataset_json)
     widths = features or published_features(network, geometry["n_stages"])
     return {
         "network_class_name": f"nnunet_h2a.networks.{network}",
@@ -298,7 +295,7 @@ def _report(plans: dict[str, Any], target: Path, number: int, network: str) -> N
     ready = [
         key
         for key, configuration in plans["configurations"].items()
-        if (target.parent / configuration.get("data_identifier", "")).is_dir() and "data_identifier" in configuration
+        if (identifier := configuration.get("data_identifier")) and (target.parent / identifier).is_dir()
     ]
     configuration = (ready or list(plans["configurations"]))[-1]
     print("next:")
