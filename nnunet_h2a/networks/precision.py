@@ -9,25 +9,31 @@ from torch import Tensor, nn
 
 
 class InstanceNorm(nn.Module):
-    """Instance normalisation without learned scale and shift, for maps of any size.
+    """Instance normalisation for maps of any size.
 
-    The same numbers as ``nn.InstanceNorm2d/3d(affine=False)``. Unlike these it accepts a map of one voxel, whose
+    The same numbers as ``nn.InstanceNorm2d/3d``. Unlike these it accepts a map of one voxel, whose
     normalised value is 0: plans with many poolings and a small patch reach it at their deepest level.
     PyTorch's kernel keeps mean and variance in float32 for fp16 and bf16 maps.
+
+    Args:
+        eps: added to the variance.
+        channels: of the maps, for a learned scale and shift of each (``affine=True``); None for neither.
 
     Shapes:
         input and output (batch, channels, spatial...).
     """
 
-    def __init__(self, eps: float = 1e-5) -> None:
+    def __init__(self, eps: float = 1e-5, channels: int | None = None) -> None:
         super().__init__()
         self.eps = eps
+        self.weight = None if channels is None else nn.Parameter(torch.ones(channels))
+        self.bias = None if channels is None else nn.Parameter(torch.zeros(channels))
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.instance_norm(x, None, None, None, None, True, 0.0, self.eps, True)
+        return torch.instance_norm(x, self.weight, self.bias, None, None, True, 0.0, self.eps, True)
 
     def extra_repr(self) -> str:
-        return f"eps={self.eps}"
+        return f"eps={self.eps}" if self.weight is None else f"eps={self.eps}, channels={len(self.weight)}"
 
 
 def wide(x: Tensor) -> Tensor:
