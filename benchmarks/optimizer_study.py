@@ -1,12 +1,14 @@
-"""Which optimiser, learning rate and warm-up does H2ASeg learn with, within nnU-Net's schedule?
+"""Which optimiser, learning rate and warm-up does a network learn with, within nnU-Net's schedule?
 
-Trains nnUNetTrainerH2ASeg on a preprocessed phantom with a shortened schedule (polynomial decay as always), one
+Trains one of our trainers on a preprocessed phantom with a shortened schedule (polynomial decay as always), one
 setting and seed a run, and appends the held-out Dice to a file of JSON lines. Runs that are in the file are skipped,
 so the study can be stopped and started again. docs/optimizer.md holds the table.
 
     h2a_demo -o demo_output                    # its dataset and plans serve; point the nnUNet_* variables below it
     python benchmarks/optimizer_study.py -d 901 -o study.jsonl --seeds 0 1 2
     python benchmarks/optimizer_study.py -o study.jsonl --table
+
+``-tr nnUNetTrainerISANet -p …`` and ``-tr nnUNetTrainerCIPA -c 2d -p …`` study the others, each with its own file.
 """
 
 from __future__ import annotations
@@ -25,7 +27,8 @@ import numpy as np
 import torch
 from nnunetv2.paths import nnUNet_preprocessed
 
-from nnunet_h2a.trainers.nnUNetTrainerH2ASeg import nnUNetTrainerH2ASeg
+from nnunet_h2a.trainers import TRAINERS
+from nnunet_h2a.training.fusion_trainer import FusionTrainer
 from nnunet_h2a.training.recipe import OptimizerRecipe
 
 #: Name, and recipe with the warm-up in tenths of the training.
@@ -38,10 +41,13 @@ SETTINGS = {
     "AdamW 1e-3": OptimizerRecipe("AdamW", 1e-3, 1e-5),
     "AdamW 1e-3, warm-up": OptimizerRecipe("AdamW", 1e-3, 1e-5, 1000),
     "AdamW 3e-3, warm-up": OptimizerRecipe("AdamW", 3e-3, 1e-5, 1000),
+    "AdamW 6e-5, decay 1e-2 (CIPA's paper)": OptimizerRecipe("AdamW", 6e-5, 1e-2, 1000),
+    "AdamW 3e-4, decay 1e-2, warm-up": OptimizerRecipe("AdamW", 3e-4, 1e-2, 1000),
+    "AdamW 1e-3, decay 1e-2, warm-up": OptimizerRecipe("AdamW", 1e-3, 1e-2, 1000),
 }
 
 
-def held_out_dice(trainer: nnUNetTrainerH2ASeg) -> float:
+def held_out_dice(trainer: FusionTrainer) -> float:
     """Mean Dice of sliding-window predictions over the validation cases that hold a lesion."""
     from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 
@@ -74,8 +80,8 @@ def run(arguments: argparse.Namespace, setting: str, seed: int) -> dict:
     plans["continue_training"] = False
     for seeded in (random.seed, np.random.seed, torch.manual_seed):
         seeded(seed)
-    trainer_class = type("StudyTrainer", (nnUNetTrainerH2ASeg,), {"recipe": SETTINGS[setting]})
-    trainer = trainer_class(plans, "3d_fullres", 0, dataset_json, torch.device("cpu"))
+    trainer_class = type("StudyTrainer", (TRAINERS[arguments.trainer],), {"recipe": SETTINGS[setting]})
+    trainer = trainer_class(plans, arguments.configuration, 0, dataset_json, torch.device("cpu"))
     trainer.num_epochs, trainer.num_iterations_per_epoch = arguments.epochs, arguments.iterations
     trainer.num_val_iterations_per_epoch = 5
     trainer.disable_checkpointing = True
@@ -110,6 +116,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("-d", "--dataset", type=int, default=901)
     parser.add_argument("-p", "--plans", default="nnUNetH2ASegDemoPlans")
+    parser.add_argument("-c", "--configuration", default="3d_fullres")
+    parser.add_argument("-tr", "--trainer", default="nnUNetTrainerH2ASeg", choices=TRAINERS)
     parser.add_argument("-o", "--output", type=Path, required=True)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=list(SETTINGS))

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 #: Exit code of a command that did nothing.
 NOTHING_DONE = 2
@@ -65,3 +67,49 @@ def dataset_folder(parent: Path, dataset: str) -> Path:
     raise CommandError(
         f"{parent} holds several datasets {dataset}: {', '.join(p.name for p in found)}; remove all but one"
     )
+
+
+def read_json(path: Path, cure: str, keys: Sequence[str]) -> dict[str, Any]:
+    """Content of a JSON file of nnU-Net's.
+
+    Args:
+        path: the file.
+        cure: the command that writes it.
+        keys: what must be in it.
+
+    Raises:
+        CommandError: where it is missing, no JSON, or lacks a key.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise CommandError(f"{path} does not exist: run  {cure}  first") from error
+    except json.JSONDecodeError as error:
+        raise CommandError(f"{path} is not JSON ({error}): write it anew with  {cure}") from error
+    missing = [key for key in keys if not isinstance(content, dict) or key not in content]
+    if missing:
+        raise CommandError(f"{path} has no {', '.join(missing)}: write it anew with  {cure}")
+    return content
+
+
+def read_plans(folder: Path, plans: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Plans and dataset.json of a preprocessed dataset.
+
+    Args:
+        folder: of the dataset below ``$nnUNet_preprocessed``.
+        plans: name of the plans, ``-p`` of nnU-Net's commands.
+
+    Raises:
+        CommandError: where one is missing or damaged; other plans that there are get named.
+    """
+    cure = f"nnUNetv2_plan_and_preprocess -d {dataset_number(folder)}"
+    path = folder / f"{plans}.json"
+    if not path.exists() and (others := sorted(folder.glob("*Plans*.json"))):
+        raise CommandError(f"{folder} has no plans {plans}; it has {', '.join(o.stem for o in others)} (-p)")
+    base = read_json(path, cure, ["plans_name", "configurations"])
+    return base, read_json(folder / "dataset.json", cure, ["channel_names", "labels"])
+
+
+def dataset_number(folder: Path) -> int:
+    """The number in ``Dataset123_Name``."""
+    return int(folder.name[len("Dataset") :].split("_")[0])

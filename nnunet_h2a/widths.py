@@ -1,7 +1,10 @@
 """The published widths of each network, for plans that do not give widths for it. Imports nothing."""
 
 #: Channels of the first stage (per branch) and the most that any stage has; they double in between.
-PUBLISHED_WIDTHS = {"H2ASeg": (8, 128)}
+PUBLISHED_WIDTHS = {"H2ASeg": (8, 128), "ISANet": (16, 256), "CIPA": (96, 768)}
+
+#: Networks whose number of stages does not follow the plan.
+FIXED_STAGES = {"CIPA": 4}
 
 
 def published_features(network: str, n_stages: int) -> list[int]:

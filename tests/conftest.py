@@ -68,8 +68,15 @@ class Workspace:
         return run(*command, environment=self.environment(**extra), check=check)
 
 
-#: Sizes with which a step takes a fraction of a second.
+#: Sizes with which a step takes a fraction of a second: a patch, and channels for the network.
 TINY = ("--patch-size", "24", "24", "24", "--n-stages", "3", "--features", "2", "4", "4")
+TINY_2D = ("-c", "2d", "--patch-size", "48", "40", "--batch-size", "4", "--n-stages", "3", "--features", "2", "4", "4")
+
+
+def tiny(network: str, configuration: str = "3d_fullres") -> tuple[str, ...]:
+    """Arguments of ``h2a_plan`` that make ``network`` tiny; CIPA has four stages of its own."""
+    arguments = ("--network", network, *(TINY_2D if configuration == "2d" else TINY))
+    return arguments if network != "CIPA" else (*arguments[:-3], "8", "8", "16", "16")
 
 
 @pytest.fixture(scope="session")
@@ -86,6 +93,7 @@ def workspace(tmp_path_factory) -> Workspace:
               "--test", studies[-1].parent.name)  # fmt: skip
     space.run("nnUNetv2_plan_and_preprocess", "-d", "711", "-c", "3d_fullres", "--verify_dataset_integrity",
               "-npfp", "1", "-np", "1", nnUNet_n_proc_DA="1")  # fmt: skip
-    space.run("h2a_plan", "-d", "711", *TINY)
+    for network in ("H2ASeg", "ISANet", "CIPA"):
+        space.run("h2a_plan", "-d", "711", *tiny(network))
     space.run("h2a_plan", "-d", "711", "--network", "stock", *TINY, "-o", "nnUNetTinyPlans")
     return space

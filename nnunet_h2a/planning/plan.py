@@ -10,9 +10,16 @@ from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
-from nnunet_h2a.command import CommandError, dataset_folder, nnunet_folder, run_command
+from nnunet_h2a.command import (
+    CommandError,
+    dataset_folder,
+    dataset_number,
+    nnunet_folder,
+    read_plans,
+    run_command,
+)
 from nnunet_h2a.training.modalities import ChannelError, channel_roles
-from nnunet_h2a.widths import PUBLISHED_WIDTHS, published_features
+from nnunet_h2a.widths import FIXED_STAGES, PUBLISHED_WIDTHS, published_features
 
 #: ``--network`` value that keeps the base plan's own network and changes its sizes only.
 STOCK = "stock"
@@ -54,7 +61,11 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--n-stages", type=_positive, metavar="N", help="number of resolutions [as the patch allows]")
     parser.add_argument(
         "--features", type=_positive, nargs="+", metavar="F",
-        help="channels of each stage (per branch) [the network's published widths]",
+        help="channels of each stage (per branch); four numbers for CIPA [the network's published widths]",
+    )  # fmt: skip
+    parser.add_argument(
+        "--modalities", choices=["both", "pet", "ct"], default="both",
+        help="ISANet only: one branch for PET or CT alone [%(default)s]",
     )  # fmt: skip
     return parser
 
@@ -67,12 +78,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _plan(arguments: argparse.Namespace) -> int:
     folder = dataset_folder(nnunet_folder("nnUNet_preprocessed"), arguments.dataset)
-    number = int(folder.name[len("Dataset") :].split("_")[0])
-    cure = f"nnUNetv2_plan_and_preprocess -d {number}"
-    if not (folder / f"{arguments.plans}.json").exists() and (others := sorted(folder.glob("*Plans*.json"))):
-        raise CommandError(f"{folder} has no plans {arguments.plans}; it has {', '.join(o.stem for o in others)} (-p)")
-    base = _read_json(folder / f"{arguments.plans}.json", cure, ["plans_name", "configurations"])
-    dataset_json = _read_json(folder / "dataset.json", cure, ["channel_names", "labels"])
+    base, dataset_json = read_plans(folder, arguments.plans)
     name = arguments.plans_name or f"nnUNet{arguments.network}Plans"
     if "__" in name or not name.isidentifier():
         raise CommandError(f"--plans-name {name}: use letters, digits and single underscores")
@@ -82,7 +88,7 @@ def _plan(arguments: argparse.Namespace) -> int:
         plans = make_plans(
             base, dataset_json, network=arguments.network, plans_name=name, configurations=arguments.configurations,
             patch_size=arguments.patch_size, batch_size=arguments.batch_size, n_stages=arguments.n_stages,
-            features=arguments.features,
+            features=arguments.features, modalities=arguments.modalities,
         )  # fmt: skip
     except ChannelError as error:
         raise CommandError(f"{folder}: {error}") from error
@@ -90,7 +96,7 @@ def _plan(arguments: argparse.Namespace) -> int:
     temporary = target.with_suffix(".json.part")
     temporary.write_text(json.dumps(plans, indent=4) + "\n", encoding="utf-8")
     os.replace(temporary, target)
-    _report(plans, target, number, arguments.network)
+    _report(plans, target, dataset_number(folder), arguments.network)
     return 0
 
 
@@ -105,6 +111,7 @@ def make_plans(
     batch_size: int | None = None,
     n_stages: int | None = None,
     features: Sequence[int] | None = None,
+    modalities: str = "both",
 ) -> dict[str, Any]:
     """Plans for ``network`` from plans of nnU-Net.
 
@@ -118,7 +125,8 @@ def make_plans(
         patch_size: voxels, in the plans' axis order. Strides and kernels then follow by nnU-Net's own rules.
         batch_size: patches per step.
         n_stages: number of resolutions; not more than the patch allows.
-        features: channels of each stage.
+        features: channels of each stage; four for CIPA, whose stages do not follow the plan.
+        modalities: ``"both"``, ``"pet"`` or ``"ct"``: ISANet's branches.
 
     Returns:
         Content of the new plans file. Data identifiers are unchanged, so nothing is preprocessed again.
@@ -127,6 +135,8 @@ def make_plans(
         CommandError: for sizes that do not go together.
         ChannelError: where the dataset is not CT and PET and ``network`` is one of ours.
     """
+    if modalities != "both" and network != "ISANet":
+        raise CommandError(f"--modalities {modalities}: only ISANet has a form for one modality, not {network}")
     plans = deepcopy(base)
     plans["plans_name"] = plans_name
     if configurations is None and patch_size is not None:
@@ -147,8 +157,10 @@ def make_plans(
         geometry = _geometry(key, configuration, old, patch_size, n_stages)
         configuration["patch_size"] = geometry.pop("patch_size")
         stages = geometry["n_stages"]
-        if features is not None and len(features) != stages:
-            raise CommandError(f"--features: configuration {key} has {stages} stages, got {len(features)} numbers")
+        wanted_widths = FIXED_STAGES.get(network, stages)
+        if features is not None and len(features) != wanted_widths:
+            whose = f"{network}" if network in FIXED_STAGES else f"configuration {key}"
+            raise CommandError(f"--features: {whose} has {wanted_widths} stages, got {len(features)} numbers")
         if network == STOCK:
             old.update(geometry)
             old["features_per_stage"] = list(features or _resize(old["features_per_stage"], stages))
@@ -157,7 +169,7 @@ def make_plans(
                     old[setting] = _resize(old[setting], length(stages))
         else:
             configuration["architecture"] = _architecture(
-                network, geometry, old["conv_op"], features, configuration["patch_size"], dataset_json
+                network, geometry, old["conv_op"], features, configuration["patch_size"], dataset_json, modalities
             )
     return plans
 
@@ -248,8 +260,13 @@ def _architecture(
     features: Sequence[int] | None,
     patch_size: Sequence[int],
     dataset_json: dict[str, Any],
+    modalities: str,
 ) -> dict[str, Any]:
-    ct_channel, pet_channel = channel_roles(dataset_json)
+    ct_channel, pet_channel = channel_roles(dataset_json, modalities)
+    options: dict[str, Any] = {} if modalities == "both" else {"modalities": modalities}
+    if network in FIXED_STAGES:
+        options |= {} if features is None else {"widths": [int(n) for n in features]}
+        features = None
     widths = features or published_features(network, geometry["n_stages"])
     return {
         "network_class_name": f"nnunet_h2a.networks.{network}",
@@ -263,22 +280,10 @@ def _architecture(
             "region_based": any(
                 isinstance(label, list | tuple) and len(label) > 1 for label in dataset_json["labels"].values()
             ),
+            **options,
         },
         "_kw_requires_import": ["conv_op"],
     }
-
-
-def _read_json(path: Path, cure: str, keys: Sequence[str]) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise CommandError(f"{path} does not exist: run  {cure}  first") from error
-    except json.JSONDecodeError as error:
-        raise CommandError(f"{path} is not JSON ({error}): write it anew with  {cure}") from error
-    missing = [key for key in keys if not isinstance(content, dict) or key not in content]
-    if missing:
-        raise CommandError(f"{path} has no {', '.join(missing)}: write it anew with  {cure}")
-    return content
 
 
 def _report(plans: dict[str, Any], target: Path, number: int, network: str) -> None:
@@ -288,10 +293,10 @@ def _report(plans: dict[str, Any], target: Path, number: int, network: str) -> N
             print(f"  {key}: as {configuration['inherits_from']}")
             continue
         kwargs = configuration["architecture"]["arch_kwargs"]
-        print(
-            f"  {key}: patch {configuration['patch_size']}, batch {configuration['batch_size']}, "
-            f"{kwargs['n_stages']} stages of {kwargs['features_per_stage']} channels, strides {kwargs['strides']}"
-        )
+        stages = f"{kwargs['n_stages']} stages of {kwargs['features_per_stage']} channels, strides {kwargs['strides']}"
+        if network in FIXED_STAGES:
+            stages = f"{FIXED_STAGES[network]} stages of {kwargs.get('widths', 'the published')} channels"
+        print(f"  {key}: patch {configuration['patch_size']}, batch {configuration['batch_size']}, {stages}")
     ready = [
         key
         for key, configuration in plans["configurations"].items()

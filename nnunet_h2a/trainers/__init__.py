@@ -1,12 +1,24 @@
 """The trainers that ``nnUNetv2_train -tr`` accepts."""
 
 from nnunet_h2a.trainers.demo import nnUNetTrainerDemo, nnUNetTrainerH2ASegDemo
+from nnunet_h2a.trainers.nnUNetTrainerCIPA import nnUNetTrainerCIPA
 from nnunet_h2a.trainers.nnUNetTrainerH2ASeg import nnUNetTrainerH2ASeg
+from nnunet_h2a.trainers.nnUNetTrainerISANet import nnUNetTrainerISANet
+from nnunet_h2a.trainers.nnUNetTrainerISANetCT import nnUNetTrainerISANetCT
+from nnunet_h2a.trainers.nnUNetTrainerISANetPET import nnUNetTrainerISANetPET
 from nnunet_h2a.trainers.training_length import VARIANTS
 
-#: Every trainer by name; the shim that nnU-Net scans offers these.
-TRAINERS = {
-    trainer.__name__: trainer for trainer in (nnUNetTrainerH2ASeg, nnUNetTrainerDemo, nnUNetTrainerH2ASegDemo)
-} | VARIANTS
+_PLAIN = (
+    nnUNetTrainerCIPA,
+    nnUNetTrainerH2ASeg,
+    nnUNetTrainerISANet,
+    nnUNetTrainerISANetCT,
+    nnUNetTrainerISANetPET,
+    nnUNetTrainerDemo,
+    nnUNetTrainerH2ASegDemo,
+)
 
-__all__ = ["TRAINERS", "nnUNetTrainerDemo", "nnUNetTrainerH2ASeg", "nnUNetTrainerH2ASegDemo"]
+#: Every trainer by name; the shim that nnU-Net scans offers these.
+TRAINERS = {trainer.__name__: trainer for trainer in _PLAIN} | VARIANTS
+
+__all__ = ["TRAINERS", *(trainer.__name__ for trainer in _PLAIN)]

@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
-from torch import nn
-
 from nnunet_h2a.networks.h2aseg import H2ASeg
-from nnunet_h2a.training.architecture import build_fusion_network
 from nnunet_h2a.training.fusion_trainer import FusionTrainer
 from nnunet_h2a.training.recipe import OptimizerRecipe
 
@@ -22,20 +18,8 @@ class nnUNetTrainerH2ASeg(FusionTrainer):
     docs/optimizer.md for the table.
     """
 
+    network_class = H2ASeg
     recipe = OptimizerRecipe("AdamW", learning_rate=1e-3, weight_decay=1e-5, warmup_epochs=10)
-
-    @staticmethod
-    def build_network_architecture(
-        plans_manager: PlansManager,
-        configuration_manager: ConfigurationManager,
-        num_input_channels: int,
-        num_output_channels: int,
-        enable_deep_supervision: bool = True,
-    ) -> nn.Module:
-        return build_fusion_network(
-            H2ASeg, plans_manager, configuration_manager, num_input_channels, num_output_channels,
-            enable_deep_supervision,
-        )  # fmt: skip
 
     @staticmethod
     def deep_supervision_weights(n_levels: int) -> list[float]:

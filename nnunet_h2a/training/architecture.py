@@ -19,20 +19,21 @@ PLANS_KEY = "nnunet_h2a"
 GEOMETRY_KEYS = ("n_stages", "conv_op", "kernel_sizes", "strides")
 
 
-def fusion_settings(dataset_json: Mapping[str, Any], region_based: bool) -> dict[str, Any]:
+def fusion_settings(dataset_json: Mapping[str, Any], region_based: bool, modalities: str = "both") -> dict[str, Any]:
     """What a fusion network must know of a dataset and nnU-Net does not hand to it.
 
     Args:
         dataset_json: content of dataset.json.
         region_based: whether classes are regions, one sigmoid each.
+        modalities: ``"both"``, or the one that the network uses (``"pet"``, ``"ct"``).
 
     Returns:
         Keyword arguments for the network, ready for JSON.
 
     Raises:
-        ChannelError: where the dataset is not one CT and one PET channel.
+        ChannelError: where the dataset does not have one channel for each modality that is used.
     """
-    ct_channel, pet_channel = channel_roles(dataset_json)
+    ct_channel, pet_channel = channel_roles(dataset_json, modalities)
     return {"ct_channel": ct_channel, "pet_channel": pet_channel, "region_based": region_based}
 
 

@@ -2,28 +2,44 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 from torch import nn
 
-from nnunet_h2a.training.architecture import PLANS_KEY, check_same_channels, fusion_settings
-from nnunet_h2a.training.recipe import OptimizerRecipe
+from nnunet_h2a.training.architecture import (
+    PLANS_KEY,
+    build_fusion_network,
+    check_same_channels,
+    fusion_settings,
+)
+from nnunet_h2a.training.recipe import OptimizerRecipe, parameter_groups
 
 
 class FusionTrainer(nnUNetTrainer):
     """nnU-Net's trainer for a network with a CT and a PET branch.
 
     Everything is nnU-Net's (data, augmentation, sampling, epochs, Dice + cross-entropy or BCE, validation) but the
-    optimiser's settings and deep supervision, which covers all levels.
+    optimiser's settings and deep supervision, in which every supervised level has a weight above 0.
 
-    Subclasses set :attr:`recipe` and define ``build_network_architecture`` and ``deep_supervision_weights``.
+    Subclasses set :attr:`network_class` and :attr:`recipe`, and define ``deep_supervision_weights`` where the network
+    has auxiliary heads.
     """
 
+    #: The network that is trained.
+    network_class: ClassVar[type[nn.Module]]
+    #: Further arguments of the network, whatever the plan; they are kept in the plans for inference.
+    network_options: ClassVar[dict[str, Any]] = {}
     #: Optimiser settings.
     recipe: ClassVar[OptimizerRecipe]
+    #: Whether the network has auxiliary heads.
+    deep_supervision: ClassVar[bool] = True
+    #: Whether the network predicts at its deepest level too. nnU-Net's own supervises all levels but that.
+    supervise_deepest: ClassVar[bool] = True
     #: Number of epochs where it is not nnU-Net's 1000.
     epochs: ClassVar[int | None] = None
 
@@ -38,12 +54,48 @@ class FusionTrainer(nnUNetTrainer):
         super().__init__(plans, configuration, fold, dataset_json, device)
         self.initial_lr = self.recipe.learning_rate
         self.weight_decay = self.recipe.weight_decay
+        self.enable_deep_supervision = self.deep_supervision
         if self.epochs is not None:
             self.num_epochs = self.epochs
         # Inference sees plans and checkpoint only, so the plans must say which channel is which.
-        settings = fusion_settings(dataset_json, self.label_manager.has_regions)
-        check_same_channels(self.configuration_manager.network_arch_init_kwargs, settings)
-        self.plans_manager.plans[PLANS_KEY] = settings
+        self.plans_manager.plans[PLANS_KEY] = self.network_settings(
+            self.configuration_manager.network_arch_init_kwargs, dataset_json, self.label_manager.has_regions
+        )
+
+    @classmethod
+    def network_settings(
+        cls, arch_kwargs: Mapping[str, Any], dataset_json: Mapping[str, Any], region_based: bool
+    ) -> dict[str, Any]:
+        """What the plans must hold beside a configuration's ``arch_kwargs`` for the network to be built from them.
+
+        Args:
+            arch_kwargs: of the configuration; what a plan for this network says there counts.
+            dataset_json: content of dataset.json.
+            region_based: whether classes are regions, one sigmoid each.
+
+        Raises:
+            ChannelError: where the dataset's channels are not what the network or the plans need.
+        """
+        options = {key: value for key, value in cls.network_options.items() if key not in arch_kwargs}
+        modalities = {**options, **arch_kwargs}.get("modalities", "both")
+        settings = fusion_settings(dataset_json, region_based, modalities)
+        check_same_channels(arch_kwargs, settings)
+        return {**settings, **options}
+
+    @classmethod
+    def build_network_architecture(
+        cls,
+        plans_manager: PlansManager,
+        configuration_manager: ConfigurationManager,
+        num_input_channels: int,
+        num_output_channels: int,
+        enable_deep_supervision: bool = True,
+    ) -> nn.Module:
+        """The network for a configuration; nnU-Net calls this in training and at inference."""
+        return build_fusion_network(
+            cls.network_class, plans_manager, configuration_manager, num_input_channels, num_output_channels,
+            enable_deep_supervision,
+        )  # fmt: skip
 
     def initialize(self) -> None:
         super().initialize()
@@ -54,12 +106,13 @@ class FusionTrainer(nnUNetTrainer):
         self.print_to_log_file(f"network: {name}, {parameters / 1e6:.2f} million parameters; recipe: {self.recipe}")
 
     def configure_optimizers(self) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
-        return self.recipe.build(self.network.parameters(), self.num_epochs)
+        network = getattr(self.network, "_orig_mod", self.network)
+        return self.recipe.build(parameter_groups(network, self.weight_decay), self.num_epochs)
 
     def _get_deep_supervision_scales(self) -> list[list[float]] | None:
+        if not self.enable_deep_supervision or not self.supervise_deepest:
+            return super()._get_deep_supervision_scales()
         # nnU-Net leaves the deepest level out of the targets; its loss would then drop that prediction without a word.
-        if not self.enable_deep_supervision:
-            return None
         strides = np.vstack(self.configuration_manager.pool_op_kernel_sizes)
         return [[float(s) for s in scale] for scale in 1 / np.cumprod(strides, axis=0)]
 
@@ -72,4 +125,4 @@ class FusionTrainer(nnUNetTrainer):
     @staticmethod
     def deep_supervision_weights(n_levels: int) -> list[float]:
         """Weight of each level's loss, highest resolution first; they sum to 1."""
-        raise NotImplementedError("each network's trainer says how its levels weigh")
+        raise NotImplementedError("the trainer of a network with auxiliary heads says how its levels weigh")

@@ -16,7 +16,7 @@ class ChannelError(ValueError):
     """The dataset does not say which one channel is CT and which one is PET."""
 
 
-def channel_roles(dataset_json: Mapping[str, Any]) -> tuple[int, int]:
+def channel_roles(dataset_json: Mapping[str, Any], modalities: str = "both") -> tuple[int | None, int | None]:
     """Numbers of the CT and the PET channel.
 
     ``h2a_modalities``, a list with one entry per channel, decides where dataset.json has it; otherwise
@@ -24,12 +24,13 @@ def channel_roles(dataset_json: Mapping[str, Any]) -> tuple[int, int]:
 
     Args:
         dataset_json: content of an nnU-Net dataset.json.
+        modalities: ``"both"``; ``"ct"`` or ``"pet"`` where one is enough. The other may then be missing.
 
     Returns:
-        ``(ct_channel, pet_channel)``.
+        ``(ct_channel, pet_channel)``; None for a modality that the dataset does not have.
 
     Raises:
-        ChannelError: unless there are exactly two channels, one of each kind.
+        ChannelError: unless there is one channel for each modality that is needed, and no further one.
     """
     channel_names = dataset_json.get("channel_names", dataset_json.get("modality", {}))
     if not isinstance(channel_names, Mapping) or not all(str(key).isdigit() for key in channel_names):
@@ -41,16 +42,18 @@ def channel_roles(dataset_json: Mapping[str, Any]) -> tuple[int, int]:
     source = "channel_names"
     if MODALITIES_KEY in dataset_json:
         source = MODALITIES_KEY
-        modalities = dataset_json[MODALITIES_KEY]
-        if not isinstance(modalities, (list, tuple)) or len(modalities) != len(names):
+        listed = dataset_json[MODALITIES_KEY]
+        if not isinstance(listed, (list, tuple)) or len(listed) != len(names):
             raise ChannelError(
                 f'dataset.json: "{MODALITIES_KEY}" must list one modality for each of the {len(names)} channels '
-                f"{names}, found {modalities!r}"
+                f"{names}, found {listed!r}"
             )
-        names = [str(name) for name in modalities]
+        names = [str(name) for name in listed]
     kinds = [name.strip().casefold() for name in names]
     ct = [number for number, kind in enumerate(kinds) if kind in CT_NAMES]
     pet = [number for number, kind in enumerate(kinds) if kind in PET_NAMES]
+    if modalities != "both" and len(names) == 1 and len({"ct": ct, "pet": pet}[modalities]) == 1:
+        return (0, None) if ct else (None, 0)
     if len(names) != 2 or len(ct) != 1 or len(pet) != 1:
         raise ChannelError(
             f"dataset.json: {source} is {names}, but a PET/CT fusion network needs exactly two image channels, one CT "

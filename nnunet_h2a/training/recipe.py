@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from nnunetv2.training.lr_scheduler.polylr import PolyLRScheduler
@@ -29,7 +29,7 @@ class OptimizerRecipe:
     warmup_epochs: int = 0
 
     def build(
-        self, parameters: Iterable[nn.Parameter], num_epochs: int
+        self, parameters: Iterable[nn.Parameter] | list[dict[str, Any]], num_epochs: int
     ) -> tuple[torch.optim.Optimizer, PolyLRScheduler]:
         """Optimiser and scheduler as ``nnUNetTrainer.configure_optimizers`` returns them."""
         if self.optimizer == "SGD":
@@ -39,6 +39,21 @@ class OptimizerRecipe:
         else:
             optimizer = torch.optim.AdamW(parameters, self.learning_rate, weight_decay=self.weight_decay)
         return optimizer, WarmupPolyLR(optimizer, self.learning_rate, num_epochs, self.warmup_epochs)
+
+
+def parameter_groups(network: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Parameter groups for an optimiser: what the network wants free of weight decay apart from the rest.
+
+    Args:
+        network: its method ``no_weight_decay``, where there is one, names parameters (CIPA's decay rates and skips).
+        weight_decay: of all others.
+    """
+    free = network.no_weight_decay() if hasattr(network, "no_weight_decay") else set()
+    named = list(network.named_parameters())
+    groups = [{"params": [p for name, p in named if name not in free], "weight_decay": weight_decay}]
+    if free:
+        groups.append({"params": [p for name, p in named if name in free], "weight_decay": 0.0})
+    return groups
 
 
 class WarmupPolyLR(PolyLRScheduler):

@@ -19,23 +19,24 @@ class Model:
     name: str
     trainer: str
     plans: str
+    configuration: str = "3d_fullres"
 
     @property
     def results(self) -> Path:
-        return self.space.root / "nnUNet_results" / self.space.dataset / f"{self.trainer}__{self.plans}__3d_fullres"
+        return self.space.root / "nnUNet_results" / self.space.dataset / f"{self.trainer}__{self.plans}__{self.configuration}"
 
     @property
     def predictions(self) -> Path:
         return self.space.root / self.name
 
     def train(self) -> None:
-        self.space.run("nnUNetv2_train", "711", "3d_fullres", "0", "-tr", self.trainer, "-p", self.plans,
+        self.space.run("nnUNetv2_train", "711", self.configuration, "0", "-tr", self.trainer, "-p", self.plans,
                        "-device", "cpu", nnUNet_extTrainer=str(EXT_TRAINERS))  # fmt: skip
 
     def predict_arguments(self, output: Path) -> list[str | Path]:
         """Arguments of nnUNetv2_predict for the held-out case."""
         return ["-d", self.space.dataset, "-i", self.space.raw / "imagesTs", "-o", output, "-tr", self.trainer,
-                "-p", self.plans, "-c", "3d_fullres", "-f", "0", "-device", "cpu", "-npp", "0", "-nps", "0",
+                "-p", self.plans, "-c", self.configuration, "-f", "0", "-device", "cpu", "-npp", "0", "-nps", "0",
                 "--save_probabilities", "--disable_tta"]  # fmt: skip
 
     def predict(self, output: Path, **environment: str) -> None:

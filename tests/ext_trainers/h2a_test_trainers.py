@@ -2,7 +2,12 @@
 
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
-from nnunet_h2a.trainers import nnUNetTrainerH2ASeg
+from nnunet_h2a.trainers import (
+    nnUNetTrainerCIPA,
+    nnUNetTrainerH2ASeg,
+    nnUNetTrainerISANet,
+    nnUNetTrainerISANetPET,
+)
 
 
 class _FewSteps:
@@ -21,4 +26,16 @@ class nnUNetTrainerFewSteps(_FewSteps, nnUNetTrainer):
 
 
 class nnUNetTrainerH2ASegFewSteps(_FewSteps, nnUNetTrainerH2ASeg):
+    pass
+
+
+class nnUNetTrainerISANetFewSteps(_FewSteps, nnUNetTrainerISANet):
+    pass
+
+
+class nnUNetTrainerISANetPETFewSteps(_FewSteps, nnUNetTrainerISANetPET):
+    pass
+
+
+class nnUNetTrainerCIPAFewSteps(_FewSteps, nnUNetTrainerCIPA):
     pass

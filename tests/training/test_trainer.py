@@ -9,7 +9,6 @@ import pickle
 import numpy as np
 import pytest
 import torch
-from batchgeneratorsv2.transforms.utils.deep_supervision_downsampling import DownsampleSegForDSTransform
 from nnunetv2.run.load_pretrained_weights import load_pretrained_weights
 from nnunetv2.training.nnUNetTrainer.variants.training_length import nnUNetTrainer_Xepochs
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
@@ -18,54 +17,7 @@ from nnunet_h2a.networks import H2ASeg
 from nnunet_h2a.trainers import TRAINERS, nnUNetTrainerH2ASeg
 from nnunet_h2a.training.architecture import PLANS_KEY, fusion_architecture
 from nnunet_h2a.training.modalities import ChannelError
-
-LABELS = {"background": 0, "tumor": 1}
-REGIONS = {"background": 0, "whole": [1, 2], "core": 2}
-
-
-@pytest.fixture
-def make_trainer(workspace, monkeypatch):
-    """A trainer on the phantom's tiny plans, with another dataset.json where a test wants one."""
-
-    def make(trainer_class=nnUNetTrainerH2ASeg, plans="nnUNetTinyPlans", labels=LABELS, initialize=True, **dataset):
-        for variable in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"):
-            monkeypatch.setenv(variable, str(workspace.root / variable))
-        content = json.loads((workspace.preprocessed / f"{plans}.json").read_text())
-        dataset_json = json.loads((workspace.preprocessed / "dataset.json").read_text()) | {"labels": labels} | dataset
-        if labels is REGIONS:
-            dataset_json["regions_class_order"] = [1, 2]
-        trainer = trainer_class(
-            content | {"continue_training": False}, "3d_fullres", 0, dataset_json, torch.device("cpu")
-        )
-        if initialize:
-            trainer.initialize()
-        return trainer
-
-    return make
-
-
-def targets_of(trainer, classes, batch=2):
-    """Targets at all levels, made by nnU-Net's own transform from one segmentation."""
-    generator = torch.Generator().manual_seed(1)
-    patch = trainer.configuration_manager.patch_size
-    segmentation = torch.randint(0, classes, (batch, 1, *patch), generator=generator)
-    transform = DownsampleSegForDSTransform(ds_scales=trainer._get_deep_supervision_scales())
-    samples = [transform(segmentation=s)["segmentation"] for s in segmentation]
-    return [torch.stack([s[level] for s in samples]) for level in range(len(samples[0]))]
-
-
-def plain_loss(logits, target):
-    """Dice + cross-entropy as nnU-Net defines them (no background in Dice, one Dice per sample), in float64."""
-    logits, target = logits.double(), target[:, 0].long()
-    p = torch.exp(logits) / torch.exp(logits).sum(1, keepdim=True)
-    entropy = -torch.log(p.gather(1, target[:, None])).mean()
-    scores = []
-    for sample in range(logits.shape[0]):
-        for c in range(1, logits.shape[1]):
-            truth = (target[sample] == c).double()
-            overlap = 2 * (p[sample, c] * truth).sum() + 1e-5
-            scores.append(overlap / (p[sample, c].sum() + truth.sum() + 1e-5))
-    return entropy - torch.stack(scores).mean()
+from tests.training.losses import LABELS, REGIONS, plain_loss, targets_of
 
 
 def test_loss_covers_all_levels_with_the_weights_of_equation_5(make_trainer):
@@ -207,9 +159,11 @@ def test_checkpoint_resumes(make_trainer, tmp_path):
         assert torch.equal(ours, theirs)
 
 
-def test_training_lengths_are_nnunets():
+@pytest.mark.parametrize("network", ["H2ASeg", "ISANet", "CIPA"])
+def test_training_lengths_are_nnunets(network):
     stock = {n.removeprefix("nnUNetTrainer") for n in vars(nnUNetTrainer_Xepochs) if n.startswith("nnUNetTrainer_")}
-    ours = {n.removeprefix("nnUNetTrainerH2ASeg") for n in TRAINERS if n.startswith("nnUNetTrainerH2ASeg_")}
+    prefix = f"nnUNetTrainer{network}"
+    ours = {n.removeprefix(prefix) for n in TRAINERS if n.startswith(f"{prefix}_")}
     assert ours == stock
 
 

@@ -1,0 +1,57 @@
+"""Every network, in 2D and 3D, trained and predicted with nnU-Net's commands."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+
+from tests.conftest import tiny
+from tests.e2e.conftest import Model
+
+#: Network, configuration, trainer; H2ASeg in 3D is what test_pipeline.py runs on.
+CASES = [
+    ("ISANet", "3d_fullres", "nnUNetTrainerISANetFewSteps", []),
+    ("CIPA", "2d", "nnUNetTrainerCIPAFewSteps", []),
+    ("CIPA", "3d_fullres", "nnUNetTrainerCIPAFewSteps", [pytest.mark.full]),
+    ("ISANet", "2d", "nnUNetTrainerISANetFewSteps", [pytest.mark.full]),
+    ("H2ASeg", "2d", "nnUNetTrainerH2ASegFewSteps", [pytest.mark.full]),
+    ("CIPA", "2d", "nnUNetTrainerFewSteps", [pytest.mark.full]),
+    ("ISANet", "3d_fullres", "nnUNetTrainerISANetPETFewSteps", [pytest.mark.full]),
+]
+
+
+@pytest.fixture(scope="module")
+def slices(workspace):
+    """The phantom preprocessed for 2D as well, and tiny plans for it."""
+    workspace.run("nnUNetv2_preprocess", "-d", "711", "-c", "2d", "-np", "1", nnUNet_n_proc_DA="1")
+    for network in ("H2ASeg", "ISANet", "CIPA"):
+        workspace.run("h2a_plan", "-d", "711", *tiny(network, "2d"), "-o", f"nnUNet{network}SlicesPlans")
+    return workspace
+
+
+@pytest.mark.parametrize(
+    ("network", "configuration", "trainer"),
+    [pytest.param(*case, marks=marks, id=" ".join(case)) for *case, marks in CASES],
+)
+def test_trains_and_predicts(workspace, request, network, configuration, trainer):
+    plans = f"nnUNet{network}Plans"
+    if configuration == "2d":
+        request.getfixturevalue("slices")
+        plans = f"nnUNet{network}SlicesPlans"
+    model = Model(workspace, f"{trainer}_{configuration}", trainer, plans, configuration)
+    model.train()
+    log = "".join(p.read_text() for p in (model.results / "fold_0").glob("training_log*.txt"))
+    assert (f"network: {network}, " in log) == (trainer != "nnUNetTrainerFewSteps")
+    assert "nan" not in log.casefold()
+    model.predict(model.predictions)
+    cases = sorted(p.name for p in (workspace.raw / "labelsTs").iterdir())
+    assert sorted(p.name for p in model.predictions.glob("*.nii.gz")) == cases
+    for probabilities in model.probabilities().values():
+        assert np.isfinite(probabilities).all()
+        assert np.allclose(probabilities.sum(0), 1, atol=1e-3)
+        assert probabilities[1].std() > 0
+    if trainer != "nnUNetTrainerFewSteps":
+        settings = json.loads((model.results / "plans.json").read_text())["nnunet_h2a"]
+        assert settings.get("modalities") == ("pet" if "PET" in trainer else None)
