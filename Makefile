@@ -40,7 +40,9 @@ lint: $(READY)
 	$(BIN)/ruff format --check .
 
 bench: $(READY)
-	$(BIN)/python benchmarks/h2aseg.py
+	$(BIN)/python benchmarks/networks.py
+	$(BIN)/python benchmarks/networks.py --patch 256 256
+	$(BIN)/python benchmarks/selective_scan.py
 
 clean:
 	$(PYTHON) -c "import shutil; [shutil.rmtree(p, ignore_errors=True) for p in ('$(VENV)', 'demo_output', 'build', 'dist')]"

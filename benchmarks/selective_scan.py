@@ -96,13 +96,13 @@ def main() -> None:
         f"batch {batch}, d {d}, N {n}, L {length}, G {groups}; {torch.get_num_threads()} threads; floor {floor:.2f} s"
     )
     print(
-        f"{'':12}{'forward s':>11}{'backward s':>12}{'together':>10}{'ratio':>7}{'x floor':>9}{'extra MB':>10}{'ratio':>7}"
+        f"{'':12}{'forward s':>11}{'backward s':>12}{'both s':>8}{'ratio':>7}{'x floor':>9}{'extra MB':>10}{'ratio':>7}"
     )
     loop = medians["reference"]
     for backend, values in medians.items():
         together = values["forward"] + values["backward"]
         print(
-            f"{backend:12}{values['forward']:>11.2f}{values['backward']:>12.2f}{together:>10.2f}"
+            f"{backend:12}{values['forward']:>11.2f}{values['backward']:>12.2f}{together:>8.2f}"
             f"{together / (loop['forward'] + loop['backward']):>7.2f}{together / floor:>9.1f}"
             f"{values['megabytes']:>10.0f}{values['megabytes'] / loop['megabytes']:>7.2f}"
         )

@@ -14,9 +14,10 @@ class nnUNetTrainerCIPA(FusionTrainer):
     cross-entropy (BCE for regions) at full resolution, where the paper has BCE + Dice of one sigmoid.
 
     The scans' decay rates, skips and step biases are trained without weight decay; the released training script leaves
-    them, and the projections around them, out of its optimiser altogether.
+    them, and the projections around them, out of its optimiser altogether. The learning rate is for a network that
+    starts from random weights; docs/optimizer.md says what was tried.
     """
 
     network_class = CIPA
     deep_supervision = False
-    recipe = OptimizerRecipe("AdamW", learning_rate=3e-4, weight_decay=1e-2, warmup_epochs=10)
+    recipe = OptimizerRecipe("AdamW", learning_rate=1e-3, weight_decay=1e-2, warmup_epochs=10)

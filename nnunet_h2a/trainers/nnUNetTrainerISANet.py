@@ -14,10 +14,12 @@ class nnUNetTrainerISANet(FusionTrainer):
     supervised with nnU-Net's Dice + cross-entropy (BCE for regions) against its label at that level's resolution.
     The weights are nnU-Net's, halved from level to level, but the deepest of these levels keeps its weight, which
     nnU-Net sets to 0: its head would get no gradient.
+
+    The optimiser is nnU-Net's own: ISA-Net learnt with it and not with AdamW; see docs/optimizer.md for the table.
     """
 
     network_class = ISANet
-    recipe = OptimizerRecipe("AdamW", learning_rate=1e-3, weight_decay=1e-5, warmup_epochs=10)
+    recipe = OptimizerRecipe("SGD", learning_rate=1e-2, weight_decay=3e-5)
     supervise_deepest = False
 
     @staticmethod

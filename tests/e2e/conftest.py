@@ -23,7 +23,12 @@ class Model:
 
     @property
     def results(self) -> Path:
-        return self.space.root / "nnUNet_results" / self.space.dataset / f"{self.trainer}__{self.plans}__{self.configuration}"
+        return (
+            self.space.root
+            / "nnUNet_results"
+            / self.space.dataset
+            / f"{self.trainer}__{self.plans}__{self.configuration}"
+        )
 
     @property
     def predictions(self) -> Path:

@@ -12,8 +12,11 @@ FIRST_TORCH = "2.9"
 
 
 def available() -> bool:
-    """Whether this PyTorch can export the loop; older ones have to unroll the reference."""
-    return TorchVersion(torch.__version__) >= FIRST_TORCH
+    """Whether the export under way can hold the loop.
+
+    Older releases and the exporter that traces (``torch.onnx.export(..., dynamo=False)``) have to unroll the reference.
+    """
+    return torch.compiler.is_exporting() and TorchVersion(torch.__version__) >= FIRST_TORCH
 
 
 def export_scan(
