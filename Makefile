@@ -7,6 +7,8 @@ else
 BIN := $(VENV)/bin
 endif
 READY := $(VENV)/.ready
+# Two processes of one thread each; tests/conftest.py says which tests stay together.
+PYTEST := $(BIN)/python -m pytest -n 2
 
 .PHONY: help setup demo test test-full lint bench clean
 
@@ -29,11 +31,13 @@ $(READY): pyproject.toml
 demo: $(READY)
 	$(BIN)/h2a_demo -o demo_output
 
+test test-full: export OMP_NUM_THREADS = 1
+
 test: $(READY)
-	$(BIN)/python -m pytest -m "not full" --durations=12
+	$(PYTEST) -m "not full" --durations=12
 
 test-full: $(READY)
-	$(BIN)/python -m pytest
+	$(PYTEST) --durations=12
 
 lint: $(READY)
 	$(BIN)/ruff check .

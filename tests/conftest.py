@@ -7,15 +7,37 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 EXT_TRAINERS = ROOT / "tests" / "ext_trainers"
 
+#: Tests of a trained model or of a preprocessed dataset, which are made once.
+SHARE_THE_WORKSPACE = ("tests/e2e/", "tests/training/", "tests/planning/test_plan.py")
+
+#: Long files whose tests share nothing.
+INDEPENDENT = ("test_every_network.py", "test_every_network_deployment.py")
+
 #: Usable CPU runs: docs/demo.md says what each is for.
 CPU_ENVIRONMENT = {"OMP_WAIT_POLICY": "PASSIVE", "nnUNet_n_proc_DA": "0", "nnUNet_def_n_proc": "1"}
 FOLDERS = ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Which tests ``pytest -n 2`` keeps in one process: those that share what is dear to set up."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Scheduling(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.partition("::")[0]
+            if file.startswith(SHARE_THE_WORKSPACE):
+                return "workspace"
+            return nodeid if file.endswith(INDEPENDENT) and "two_processes" not in nodeid else file
+
+    return Scheduling(config, log)
 
 
 def clean_environment(**extra: str) -> dict[str, str]:
@@ -69,14 +91,18 @@ class Workspace:
 
 
 #: Sizes with which a step takes a fraction of a second: a patch, and channels for the network.
-TINY = ("--patch-size", "24", "24", "24", "--n-stages", "3", "--features", "2", "4", "4")
+TINY = ("--patch-size", "16", "16", "16", "--n-stages", "3", "--features", "2", "4", "4")
 TINY_2D = ("-c", "2d", "--patch-size", "48", "40", "--batch-size", "4", "--n-stages", "3", "--features", "2", "4", "4")
+#: One window holds a slice of the phantom: CIPA takes long for each.
+TINY_CIPA_2D = ("-c", "2d", "--patch-size", "64", "64", "--batch-size", "4", "--features", "8", "8", "16", "16")
+TINY_CIPA = ("--patch-size", "24", "24", "24", "--features", "8", "8", "16", "16")
 
 
 def tiny(network: str, configuration: str = "3d_fullres") -> tuple[str, ...]:
     """Arguments of ``h2a_plan`` that make ``network`` tiny; CIPA has four stages of its own."""
-    arguments = ("--network", network, *(TINY_2D if configuration == "2d" else TINY))
-    return arguments if network != "CIPA" else (*arguments[:-3], "8", "8", "16", "16")
+    if network == "CIPA":
+        return "--network", network, *(TINY_CIPA_2D if configuration == "2d" else TINY_CIPA)
+    return "--network", network, *(TINY_2D if configuration == "2d" else TINY)
 
 
 @pytest.fixture(scope="session")

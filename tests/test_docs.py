@@ -30,12 +30,14 @@ def test_links_and_files_exist(page):
 @pytest.mark.parametrize("page", PAGES, ids=[p.name for p in PAGES])
 def test_commands_exist(page):
     ours = {e.name for e in entry_points(group="console_scripts") if e.name.startswith("h2a_")}
-    assert set(re.findall(r"\bh2a_(?:convert|demo|plan)\w*", page.read_text())) <= ours
+    assert set(re.findall(r"\bh2a_(?:convert|demo|plan|import)\w*", page.read_text())) <= ours
 
 
 def test_flags_in_the_readme_are_the_commands():
     text = (ROOT / "README.md").read_text() + (ROOT / "docs" / "conversion.md").read_text()
-    for command in ("h2a_convert_sts", "h2a_convert_autopet", "h2a_plan", "h2a_demo"):
+    for name in ("cipa", "isanet", "h2aseg"):
+        text += (ROOT / "docs" / f"{name}.md").read_text()
+    for command in ("h2a_convert_sts", "h2a_convert_autopet", "h2a_plan", "h2a_import_weights", "h2a_demo"):
         help_text = run(command, "--help", environment=clean_environment()).stdout
         for line in re.findall(rf"^{command} (.*)$", text, re.M):
             for flag in re.findall(r"(?<!\S)--?[a-z][\w-]*", line.split("#")[0]):
@@ -45,6 +47,7 @@ def test_flags_in_the_readme_are_the_commands():
 def test_trainers_in_the_docs_are_found():
     from nnunet_h2a.trainers import TRAINERS
 
+    pattern = r"nnUNetTrainer(?:H2ASeg|ISANet|CIPA|Demo)(?:Demo|PET|CT)?(?:_[a-zA-Z0-9]+)?(?![a-zA-Z0-9])"
     for page in PAGES:
-        for name in re.findall(r"nnUNetTrainer(?:H2ASeg|Demo)(?:Demo)?(?:_\w+)?\b", page.read_text()):
+        for name in re.findall(pattern, page.read_text()):
             assert name in TRAINERS, f"{page.name}: {name}"

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from nnunet_h2a.networks.precision import InstanceNorm
+from nnunet_h2a.networks.precision import InstanceNorm, convolution
 
 
 def conv_norm_relu(
@@ -18,7 +18,7 @@ def conv_norm_relu(
     """
     padding = tuple(k // 2 for k in kernel_size)
     return nn.Sequential(
-        conv_op(in_channels, out_channels, tuple(kernel_size), 1, padding, bias=False),
+        convolution(conv_op, in_channels, out_channels, tuple(kernel_size), 1, padding, bias=False),
         InstanceNorm(channels=out_channels),
         nn.ReLU(),
     )

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nnunet_h2a.networks.precision import InstanceNorm
+from nnunet_h2a.networks.precision import InstanceNorm, convolution
 from nnunet_h2a.networks.residual import same_conv
 from nnunet_h2a.networks.windows import merge_windows, partition_windows
 
@@ -119,8 +119,8 @@ class MCSA(nn.Module):
         self.channels = channels
         self.window = tuple(window)
         self.mode = {2: "bilinear", 3: "trilinear"}[len(self.window)]
-        self.pool_ct = conv_op(channels, channels, self.window, self.window)
-        self.pool_pet = conv_op(channels, channels, self.window, self.window)
+        self.pool_ct = convolution(conv_op, channels, channels, self.window, self.window)
+        self.pool_pet = convolution(conv_op, channels, channels, self.window, self.window)
         self.inter = BDSA(channels, conv_op, kernel_size)
         self.intra = BDSA(channels, conv_op, kernel_size)
         self.inter_ct, self.inter_pet, self.intra_ct, self.intra_pet = (

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 from torch import Tensor, nn
 
-from nnunet_h2a.networks.precision import InstanceNorm
+from nnunet_h2a.networks.precision import InstanceNorm, convolution
 
 
 def same_conv(
@@ -19,7 +19,7 @@ def same_conv(
 ) -> nn.Module:
     """A convolution with bias whose padding keeps the map's size at stride 1 (odd kernels)."""
     padding = [k // 2 for k in kernel_size]
-    return conv_op(in_channels, out_channels, tuple(kernel_size), stride, padding, bias=True)
+    return convolution(conv_op, in_channels, out_channels, tuple(kernel_size), stride, padding, bias=True)
 
 
 class ResidualBlock(nn.Module):

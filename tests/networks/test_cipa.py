@@ -327,7 +327,8 @@ def test_batch_statistics_are_float32_under_autocast():
     torch.testing.assert_close(layers[1].running_mean, torch.full((2,), 20.0), atol=0.05, rtol=0)
 
 
-@pytest.mark.parametrize("patch", [(40, 64), pytest.param((32, 32, 32), marks=pytest.mark.full)])
+@pytest.mark.full
+@pytest.mark.parametrize("patch", [(40, 64), (32, 32, 32)])
 def test_compiles_without_graph_breaks(patch):
     """In training, where BatchNorm and stochastic depth have branches, and where a map is one value."""
     network = build(patch, depths=(1, 1, 1, 1), deep_supervision=True)

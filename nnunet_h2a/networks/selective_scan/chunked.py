@@ -212,7 +212,7 @@ def _backward(
             grouped_ddelta[steps, tile.samples, :, :, tile.channels] = dsize.to(delta.dtype)
 
     def matrices(gradient: Tensor, like: Tensor) -> Tensor:
-        return gradient[..., 0].permute(1, 2, 3, 0).to(like.dtype, memory_format=torch.contiguous_format)
+        return gradient[..., 0].permute(1, 2, 3, 0).to(like.dtype).contiguous()
 
     def vector(gradient: Tensor, like: Tensor | None) -> Tensor:
         return u.new_empty(0) if like is None else gradient.flatten().to(like.dtype)

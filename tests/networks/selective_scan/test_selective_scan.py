@@ -122,7 +122,7 @@ def test_operators_are_registered_properly():
     torch.library.opcheck(torch.ops.nnunet_h2a.selective_scan_chunked.default, (*tensors, None, None, True, True))
 
 
-@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+@pytest.mark.parametrize("backend", ["eager", "aot_eager", "inductor"])
 def test_compiles_as_one_graph(backend):
     tensors = make(2, 4, 3, CHUNK + 5, 2, dtype=torch.float32)
 
