@@ -28,6 +28,11 @@ def test_links_and_files_exist(page):
 
 
 @pytest.mark.parametrize("page", PAGES, ids=[p.name for p in PAGES])
+def test_nothing_is_left_to_be_filled_in(page):
+    assert not re.search(r"@[A-Z]+@|\b[A-Z]+_TABLE\b|\bTODO\b|\bTBD\b", page.read_text())
+
+
+@pytest.mark.parametrize("page", PAGES, ids=[p.name for p in PAGES])
 def test_commands_exist(page):
     ours = {e.name for e in entry_points(group="console_scripts") if e.name.startswith("h2a_")}
     assert set(re.findall(r"\bh2a_(?:convert|demo|plan|import)\w*", page.read_text())) <= ours

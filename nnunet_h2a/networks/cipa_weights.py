@@ -6,7 +6,6 @@ No weights are shipped. Files are read with PyTorch's weights-only loading, so t
 from __future__ import annotations
 
 import argparse
-import contextlib
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -46,6 +45,9 @@ VMAMBA_CLASSIFIER = ("classifier.", "norm.", "head.")
 
 #: SS2D's depth-wise convolution, wherever it stands in a name.
 SCAN_CONVOLUTION = ("conv2d", "conv")
+
+#: The first tensor of the network, of shape [96, 3, 4, 4]; the released file has it under ``backbone.vssm.``.
+FIRST_TENSOR = "patch_embed.0.weight"
 
 #: Edge of the images that the released weights were trained on, in pixels.
 RELEASED_EDGE = 512
@@ -94,7 +96,7 @@ def load_cipa_checkpoint(path: str | Path) -> CIPA:
             missing, misshapen or unexpected.
     """
     path = Path(path)
-    tensors = read_tensors(path)
+    tensors = read_tensors(path, f"backbone.vssm.{FIRST_TENSOR}")
     network = CIPA(
         input_channels=2,
         n_stages=4,
@@ -133,7 +135,7 @@ def load_vmamba_encoder(network: CIPA, path: str | Path) -> list[str]:
         WeightsFileError: a ValueError, for a file that does not hold this encoder.
     """
     path = Path(path)
-    tensors = read_tensors(path)
+    tensors = read_tensors(path, FIRST_TENSOR)
     encoder = {name: there for name, there in tensors.items() if not name.startswith(VMAMBA_CLASSIFIER)}
     renamed = _rename(encoder, vmamba_name, path)
     expected = {name: tensor for name, tensor in network.state_dict().items() if name.startswith("encoder.")}
@@ -150,29 +152,32 @@ def load_vmamba_encoder(network: CIPA, path: str | Path) -> list[str]:
     return list(renamed)
 
 
-def read_tensors(path: Path) -> dict[str, Tensor]:
+def read_tensors(path: Path, first: str) -> dict[str, Tensor]:
     """The state dict of a file: under ``model``, or the file's whole content.
 
     Args:
         path: the file.
+        first: the first tensor that it must hold, for the errors.
 
     Raises:
         FileNotFoundError: where there is no such file.
         WeightsFileError: for anything else than a dictionary of tensors.
     """
-    content = _load(path)
+    content = _load(path, first)
     if isinstance(content, Mapping) and isinstance(content.get("model"), Mapping):
         content = content["model"]
     if not isinstance(content, Mapping):
-        raise WeightsFileError(f'{path}: holds a {type(content).__name__}, not a dictionary with "model"')
+        raise WeightsFileError(
+            f'{path}: holds a {type(content).__name__}, not a dictionary with "model"; {first} is missing'
+        )
     for name, value in content.items():
         if not isinstance(name, str) or not isinstance(value, Tensor):
             raise WeightsFileError(
                 f'{path}: has no state dict under "model", and its entry {name!r} is a {type(value).__name__}, not a '
-                "tensor: is it another network's checkpoint?"
+                f"tensor; {first} is missing: is it another network's checkpoint?"
             )
     if not content:
-        raise WeightsFileError(f"{path}: holds no tensors")
+        raise WeightsFileError(f"{path}: holds no tensors; {first} is missing")
     wrapped = all(name.startswith(WRAPPER) for name in content)
     return {name[len(WRAPPER) :] if wrapped else name: value for name, value in content.items()}
 
@@ -206,6 +211,10 @@ def check_tensors(
             problems.append(f"{renamed[name]} has shape {list(found.shape)} instead of {shape}")
         elif found.is_floating_point() != wanted.is_floating_point():
             problems.append(f"{renamed[name]} holds {found.dtype} instead of {wanted.dtype}")
+        elif found.layout != torch.strided:
+            problems.append(f"{renamed[name]} is a sparse tensor ({found.layout})")
+        elif found.is_floating_point() and not torch.isfinite(found).all():
+            problems.append(f"{renamed[name]} holds values that are not finite")
     for name, source in renamed.items():
         if name not in expected:
             problems.append(f"{source} of shape {list(tensors[source].shape)} is unexpected")
@@ -214,15 +223,14 @@ def check_tensors(
         raise WeightsFileError(f"{complaint}: {problems[0]}{others}")
 
 
-def _load(path: Path) -> Any:
+def _load(path: Path, first: str) -> Any:
     """The content of a PyTorch file, without running anything that it may hold."""
     if path.is_dir():
         raise WeightsFileError(f"{path}: is a folder, not a file of weights")
-    # The released training script saves its arguments too. Before PyTorch 2.5 nothing can be allowed for one call.
-    allow = getattr(torch.serialization, "safe_globals", lambda _: contextlib.nullcontext())
     file = open(path, "rb")  # a file that cannot be opened is an OSError of its own, and names the file
     try:
-        with file, allow([argparse.Namespace]):
+        # The released training script saves its arguments beside the weights.
+        with file, torch.serialization.safe_globals([argparse.Namespace]):
             return torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # bytes that are no checkpoint make the unpickler fail in any way
         text = " ".join(str(error).split())
@@ -233,7 +241,8 @@ def _load(path: Path) -> Any:
             ) from error
         reason = text[:100] or type(error).__name__
         raise WeightsFileError(
-            f"{path}: is not a PyTorch checkpoint, or is cut short ({reason}); fetch it again"
+            f"{path}: is not a PyTorch checkpoint, or is cut short ({reason}), so that {first} and all after it are "
+            "missing; fetch it again"
         ) from error
 
 

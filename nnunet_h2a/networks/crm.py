@@ -55,15 +55,15 @@ def interpolation(old: int, new: int) -> Tensor:
 
 
 def guess_map(positions: int, like: Sequence[int]) -> tuple[int, ...] | None:
-    """The map that ``positions`` weights belong to: a square (cube), else one of ``like``'s aspect, else None."""
+    """The map that ``positions`` weights belong to: one of ``like``'s aspect, else a square (cube), else None."""
     dims = len(like)
-    side = round(positions ** (1 / dims))
-    if side**dims == positions:
-        return (side,) * dims
     scale = (positions / math.prod(like)) ** (1 / dims)
     guess = tuple(round(n * scale) for n in like)
     same_aspect = all(g * like[0] == guess[0] * n for g, n in zip(guess, like, strict=True))
-    return guess if same_aspect and math.prod(guess) == positions else None
+    if same_aspect and math.prod(guess) == positions:
+        return guess
+    side = round(positions ** (1 / dims))
+    return (side,) * dims if side**dims == positions else None
 
 
 class CRM(nn.Module):
@@ -76,7 +76,8 @@ class CRM(nn.Module):
     Differs from the paper's equation 5, X_rec = W X: the form is the released code's, which its weights belong to.
 
     The first two layers have a weight per position of the map, so they depend on the patch size. Weights of another
-    map size are interpolated when they are loaded (:func:`resize_map_weights`), with a warning.
+    map size are interpolated when they are loaded (:func:`resize_map_weights`), with a warning. The map is guessed
+    from the number of positions, so another map of as many positions (8 x 32 for 16 x 16) is not noticed.
 
     Args:
         map_size: of the maps.
@@ -123,8 +124,9 @@ class CRM(nn.Module):
             old_map = guess_map(weight.shape[-1], self.map_size)
             if old_map is None:
                 raise ValueError(
-                    f"{prefix + name} has {weight.shape[-1]} positions: neither a square or cubic map nor one with the "
-                    f"aspect of this network's {list(self.map_size)}, so it cannot be adapted to this patch size"
+                    f"{prefix + name} has {weight.shape[-1]} positions: neither a map with the aspect "
+                    f"of this network's {list(self.map_size)} nor a square or cubic one, so it cannot be adapted to "
+                    "this patch size"
                 )
             warnings.warn(
                 f"{prefix + name} belongs to a map of {list(old_map)} and is interpolated to {list(self.map_size)}: "

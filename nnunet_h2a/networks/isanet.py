@@ -217,6 +217,7 @@ class ISANet(nn.Module):
             raise ValueError(f"`num_classes` must be at least 1, got {num_classes}")
         if modalities not in BRANCHES:
             raise ValueError(f"`modalities` must be one of {', '.join(BRANCHES)}, got {modalities!r}")
+        self.modalities = modalities
         self.ct_channel, self.pet_channel = image_channels(input_channels, modalities, ct_channel, pet_channel)
         features = expand_features(features_per_stage, n_stages)
         kernels = expand_per_stage(kernel_sizes, n_stages, dims, "kernel_sizes")

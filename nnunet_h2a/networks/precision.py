@@ -51,12 +51,13 @@ class Conv3d(nn.Conv3d):
 
     PyTorch's CPU build (seen with 2.15) computes the gradient of a half-precision 3D convolution over a map that is
     smaller than the kernel from memory that is not the map's: it is NaN now and then, and can end the process. Such
-    maps are convolved in float32, and the result is of the type it would have been.
+    maps, and to be safe those of up to twice the kernel, are convolved in float32, and the result is of the type it
+    would have been. CIPA's convolutions have :func:`nnunet_h2a.networks.ss2d.convolve` instead, because they also
+    need a memory order.
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        small = any(n < 2 * k for n, k in zip(x.shape[2:], self.kernel_size, strict=True))
-        if x.device.type != "cpu" or not small:
+        if x.device.type != "cpu" or all(n >= 2 * k for n, k in zip(x.shape[2:], self.kernel_size, strict=True)):
             return super().forward(x)
         dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
         if dtype not in (torch.float16, torch.bfloat16):
@@ -75,12 +76,12 @@ class InstanceNorm(nn.Module):
     """Instance normalisation for maps of any size.
 
     The same numbers as ``nn.InstanceNorm2d/3d``. Unlike these it accepts a map of one voxel, whose
-    normalised value is 0: plans with many poolings and a small patch reach it at their deepest level.
+    normalised value is 0 but for rounding: plans with many poolings and a small patch reach it at their deepest level.
     PyTorch's kernel keeps mean and variance in float32 for fp16 and bf16 maps.
 
-    Without a learned scale, constant maps pass no gradient back. Their value is 0 whatever comes in, but the derivative
-    there is 1 / sqrt(eps) = 316 in every norm: over a network of fourteen, a patch that is 0 throughout (air outside of
-    nnU-Net's mask, a modality that is missing) gave gradients of 1e27, and infinite ones in float16.
+    Without a learned scale, constant maps pass no gradient back. Their value is 0, whatever comes in, but the
+    derivative there is 1 / sqrt(eps) = 316 in every norm: over a network of fourteen, a patch that is 0 throughout (air
+    outside of nnU-Net's mask, a modality that is missing) gave gradients of 1e27, and infinite ones in float16.
 
     Args:
         eps: added to the variance.
@@ -97,7 +98,8 @@ class InstanceNorm(nn.Module):
         self.bias = None if channels is None else nn.Parameter(torch.zeros(channels))
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.weight is None and not torch.compiler.is_exporting():
+        exporting = torch.compiler.is_exporting() or torch.onnx.is_in_onnx_export()
+        if self.weight is None and not exporting:
             return _Normalise.apply(x, self.eps)[0]
         return torch.instance_norm(x, self.weight, self.bias, None, None, True, 0.0, self.eps, True)
 

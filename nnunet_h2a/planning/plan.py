@@ -52,7 +52,9 @@ def build_parser() -> argparse.ArgumentParser:
         help=f"network to plan for; '{STOCK}' keeps the base plans' network and sets its sizes [%(default)s]",
     )  # fmt: skip
     parser.add_argument("-p", "--plans", default="nnUNetPlans", help="plans to start from [%(default)s]")
-    parser.add_argument("-o", "--plans-name", help="name of the new plans [nnUNet<network>Plans]")
+    parser.add_argument(
+        "-o", "--plans-name", help="name of the new plans [nnUNet<network>Plans, nnUNet<network>PETPlans or …CTPlans]",
+    )  # fmt: skip
     parser.add_argument(
         "--patch-size", type=_positive, nargs="+", metavar="N",
         help="patch in voxels, in the plans' axis order (lowest resolution first) [the base plans']",
@@ -79,7 +81,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _plan(arguments: argparse.Namespace) -> int:
     folder = dataset_folder(nnunet_folder("nnUNet_preprocessed"), arguments.dataset)
     base, dataset_json = read_plans(folder, arguments.plans)
-    name = arguments.plans_name or f"nnUNet{arguments.network}Plans"
+    # Models of one modality and of both must not share a name: they would share the folder of their results.
+    alone = "" if arguments.modalities == "both" else arguments.modalities.upper()
+    name = arguments.plans_name or f"nnUNet{arguments.network}{alone}Plans"
     if "__" in name or not name.isidentifier():
         raise CommandError(f"--plans-name {name}: use letters, digits and single underscores")
     if name == arguments.plans:
@@ -296,6 +300,8 @@ def _report(plans: dict[str, Any], target: Path, number: int, network: str) -> N
         stages = f"{kwargs['n_stages']} stages of {kwargs['features_per_stage']} channels, strides {kwargs['strides']}"
         if network in FIXED_STAGES:
             stages = f"{FIXED_STAGES[network]} stages of {kwargs.get('widths', 'the published')} channels"
+        if "modalities" in kwargs:
+            stages += f", {kwargs['modalities'].upper()} alone"
         print(f"  {key}: patch {configuration['patch_size']}, batch {configuration['batch_size']}, {stages}")
     ready = [
         key

@@ -5,6 +5,8 @@ from __future__ import annotations
 from nnunet_h2a.trainers.nnUNetTrainerCIPA import nnUNetTrainerCIPA
 from nnunet_h2a.trainers.nnUNetTrainerH2ASeg import nnUNetTrainerH2ASeg
 from nnunet_h2a.trainers.nnUNetTrainerISANet import nnUNetTrainerISANet
+from nnunet_h2a.trainers.nnUNetTrainerISANetCT import nnUNetTrainerISANetCT
+from nnunet_h2a.trainers.nnUNetTrainerISANetPET import nnUNetTrainerISANetPET
 from nnunet_h2a.training.fusion_trainer import FusionTrainer
 
 LENGTHS = (1, 5, 10, 20, 50, 100, 250, 500, 750, 2000, 4000, 8000)
@@ -20,10 +22,13 @@ def epoch_variants(trainer: type[FusionTrainer]) -> dict[str, type[FusionTrainer
     return variants
 
 
-VARIANTS = {
-    name: variant
-    for trainer in (nnUNetTrainerH2ASeg, nnUNetTrainerISANet, nnUNetTrainerCIPA)
-    for name, variant in epoch_variants(trainer).items()
-}
+_TRAINERS = (
+    nnUNetTrainerH2ASeg,
+    nnUNetTrainerISANet,
+    nnUNetTrainerISANetPET,
+    nnUNetTrainerISANetCT,
+    nnUNetTrainerCIPA,
+)
+VARIANTS = {name: variant for trainer in _TRAINERS for name, variant in epoch_variants(trainer).items()}
 # Named in this module, so that pickle finds them.
 globals().update(VARIANTS)

@@ -17,6 +17,7 @@ from nnunet_h2a.training.architecture import (
     check_same_channels,
     fusion_settings,
 )
+from nnunet_h2a.training.modalities import ChannelError
 from nnunet_h2a.training.recipe import OptimizerRecipe, parameter_groups
 
 
@@ -74,8 +75,15 @@ class FusionTrainer(nnUNetTrainer):
             region_based: whether classes are regions, one sigmoid each.
 
         Raises:
-            ChannelError: where the dataset's channels are not what the network or the plans need.
+            ChannelError: where the dataset's channels are not what the network or the plans need, or the plans'
+                network not the trainer's.
         """
+        for key, value in cls.network_options.items():
+            if arch_kwargs.get(key, value) != value:
+                raise ChannelError(
+                    f"the plans say {key} = {arch_kwargs[key]!r}, but {cls.__name__} trains {key} = {value!r}: "
+                    "take the trainer or the plans (-p) of the other"
+                )
         options = {key: value for key, value in cls.network_options.items() if key not in arch_kwargs}
         modalities = {**options, **arch_kwargs}.get("modalities", "both")
         settings = fusion_settings(dataset_json, region_based, modalities)
@@ -103,7 +111,11 @@ class FusionTrainer(nnUNetTrainer):
         network = self.network.module if self.is_ddp else self.network
         parameters = sum(p.numel() for p in network.parameters())
         name = type(getattr(network, "_orig_mod", network)).__name__
-        self.print_to_log_file(f"network: {name}, {parameters / 1e6:.2f} million parameters; recipe: {self.recipe}")
+        modalities = getattr(getattr(network, "_orig_mod", network), "modalities", "both")
+        alone = "" if modalities == "both" else f", {modalities.upper()} alone"
+        self.print_to_log_file(
+            f"network: {name}{alone}, {parameters / 1e6:.2f} million parameters; recipe: {self.recipe}"
+        )
 
     def configure_optimizers(self) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
         network = getattr(self.network, "_orig_mod", self.network)

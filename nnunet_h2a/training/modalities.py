@@ -52,8 +52,21 @@ def channel_roles(dataset_json: Mapping[str, Any], modalities: str = "both") -> 
     kinds = [name.strip().casefold() for name in names]
     ct = [number for number, kind in enumerate(kinds) if kind in CT_NAMES]
     pet = [number for number, kind in enumerate(kinds) if kind in PET_NAMES]
-    if modalities != "both" and len(names) == 1 and len({"ct": ct, "pet": pet}[modalities]) == 1:
-        return (0, None) if ct else (None, 0)
+    if modalities not in ("both", "ct", "pet"):
+        raise ChannelError(f"modalities must be 'both', 'ct' or 'pet', found {modalities!r} in the plans")
+    if modalities != "both" and len(names) == 1:
+        if len({"ct": ct, "pet": pet}[modalities]) == 1:
+            return (0, None) if ct else (None, 0)
+        raise ChannelError(
+            f"dataset.json: {source} is {names}, but this network takes {modalities.upper()} alone; if the channel is "
+            f'{modalities.upper()}, add "{MODALITIES_KEY}": ["{modalities.upper()}"]'
+        )
+    if modalities == "both" and len(names) == 1 and len(ct) + len(pet) == 1:
+        kind = "CT" if ct else "PET"
+        raise ChannelError(
+            f"dataset.json: {source} is {names}, but a fusion network needs CT and PET; for {kind} alone there is "
+            f"nnUNetTrainerISANet{kind}"
+        )
     if len(names) != 2 or len(ct) != 1 or len(pet) != 1:
         raise ChannelError(
             f"dataset.json: {source} is {names}, but a PET/CT fusion network needs exactly two image channels, one CT "

@@ -450,7 +450,7 @@ def test_one_value_per_channel_is_normalised_by_the_running_statistics(synchroni
     [
         (16384, (96, 96), (128, 128)), (16384, (96, 64), (128, 128)), (24, (2, 3), (4, 6)), (6, (32, 48), (2, 3)),
         (64, (2, 4, 4), (4, 4, 4)), (16384, (2, 4, 4), (16, 32, 32)), (24, (5, 5), None), (24, (3, 7), None),
-        (1, (2, 3), (1, 1)),
+        (1, (2, 3), (1, 1)), (256, (16, 64), (8, 32)),
     ],
 )  # fmt: skip
 def test_the_old_map_is_guessed(positions, like, expected):

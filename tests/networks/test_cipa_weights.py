@@ -211,7 +211,9 @@ def error_of(path: Path, load) -> str:
 )
 def test_a_file_that_is_no_checkpoint(tmp_path, content, said):
     write(tmp_path / "weights.pth", content)
-    assert said in error_of(tmp_path / "weights.pth", load_cipa_checkpoint)
+    message = error_of(tmp_path / "weights.pth", load_cipa_checkpoint)
+    assert said in message
+    assert "backbone.vssm.patch_embed.0.weight" in message
 
 
 @pytest.mark.parametrize("zipped", [True, False])
@@ -222,7 +224,9 @@ def test_a_truncated_file(tmp_path, zipped, kept):
     torch.save({"model": tensors}, path, _use_new_zipfile_serialization=zipped)
     content = path.read_bytes()
     path.write_bytes(content[: int(kept * len(content))])
-    assert "cut short" in error_of(path, load_cipa_checkpoint)
+    message = error_of(path, load_cipa_checkpoint)
+    assert "cut short" in message
+    assert "so that backbone.vssm.patch_embed.0.weight and all after it are missing" in message
 
 
 def test_a_missing_file_and_a_folder(tmp_path):
@@ -259,8 +263,10 @@ MAP_WEIGHT = "backbone.cross_mamba.1.channel_weights.mlp.1.weight"
         ({"decode_head.output.bias": torch.zeros(1)}, "decode_head.output.bias of shape [1] is unexpected"),
         ({"encoder.outnorm0.weight": torch.zeros(96)}, "encoder.outnorm0.weight of shape [96] is unexpected"),
         ({"decode_head.norm_up.bias": torch.zeros(96).long()}, "decode_head.norm_up.bias holds torch.int64 instead of"),
+        ({"decode_head.norm_up.bias": torch.zeros(96).to_sparse()}, "decode_head.norm_up.bias is a sparse tensor"),
+        ({"decode_head.norm_up.bias": torch.full((96,), torch.nan)}, "norm_up.bias holds values that are not finite"),
     ],
-    ids=["missing", "two missing", "map", "misshapen", "unexpected", "our own name", "integers"],
+    ids=["missing", "two missing", "map", "misshapen", "unexpected", "our own name", "integers", "sparse", "NaN"],
 )
 def test_a_checkpoint_with_a_tensor_wrong(tmp_path, released_shapes, change, said):
     tensors = stand_in(released_shapes) | change

@@ -1,4 +1,4 @@
-"""Instance normalisation: PyTorch's numbers and derivatives, but for constant maps, which pass no gradient back."""
+"""Instance normalisation and convolution: PyTorch's numbers and derivatives, but where these are of no use."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from nnunet_h2a.networks.precision import InstanceNorm
+from nnunet_h2a.networks.precision import Conv3d, InstanceNorm
 
 
 def maps(dtype=torch.float64, size=(4, 5, 6)):
@@ -60,12 +60,36 @@ def test_faint_maps_are_not_taken_for_constant():
     torch.testing.assert_close(gradient(InstanceNorm(), x, dy), gradient(F.instance_norm, x, dy), atol=1e-9, rtol=1e-9)
 
 
-def test_value_is_the_same_with_and_without_gradients():
-    for dtype in (torch.float64, torch.float32, torch.bfloat16):
-        x = maps(dtype)
-        with torch.no_grad():
-            expected = InstanceNorm()(x)
-        torch.testing.assert_close(InstanceNorm()(x), expected, atol=0, rtol=0)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_value_is_pytorchs(dtype):
+    x = maps(dtype).detach()
+    tolerance = 2 * torch.finfo(dtype).eps
+    exact = F.instance_norm(x.double())
+    torch.testing.assert_close(InstanceNorm()(x).double(), exact, atol=2 * tolerance, rtol=tolerance)
+
+
+@pytest.mark.usefixtures("no_lucky_memory")
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(("size", "kernel"), [((2, 4, 4), 3), ((4, 4, 4), 5), ((2, 2, 12), 3)])
+def test_half_precision_convolution_of_a_small_map(size, kernel, dtype):
+    torch.manual_seed(0)
+    conv = Conv3d(16, 16, kernel, padding=kernel // 2)
+    x = torch.randn(1, 16, *size)
+    with torch.autocast("cpu", dtype):
+        y = conv(x)
+        y.float().square().sum().backward()
+    assert y.dtype == dtype
+    exact = F.conv3d(x.double(), conv.weight.double(), conv.bias.double(), 1, kernel // 2).detach()
+    torch.testing.assert_close(y.double(), exact, atol=2 * torch.finfo(dtype).eps * exact.abs().max().item(), rtol=0)
+    found = conv.weight.grad.double()
+    weight = conv.weight.detach().double().requires_grad_()
+    F.conv3d(x.double(), weight, conv.bias.detach().double(), 1, kernel // 2).square().sum().backward()
+    assert (found - weight.grad).abs().max() < 4 * torch.finfo(dtype).eps * weight.grad.abs().max()
+
+
+def test_a_convolution_in_half_precision_itself():
+    conv = Conv3d(2, 2, 3, padding=1).bfloat16()
+    assert conv(torch.randn(1, 2, 3, 3, 3, dtype=torch.bfloat16)).dtype == torch.bfloat16
 
 
 def test_compiles_without_graph_breaks():

@@ -107,6 +107,21 @@ def test_channels_regions_and_cascade(preprocessed):
     assert network.decoder.independent_classes
 
 
+def test_one_modality_has_plans_of_its_own_name(preprocessed, capsys):
+    for modalities, name in (
+        ("both", "nnUNetISANetPlans"),
+        ("pet", "nnUNetISANetPETPlans"),
+        ("ct", "nnUNetISANetCTPlans"),
+    ):
+        assert main(["-d", "711", "--network", "ISANet", "--modalities", modalities]) == 0
+        printed = capsys.readouterr().out
+        assert f"-p {name}" in printed
+        assert ("alone" in printed) == (modalities != "both")
+        plans = json.loads((preprocessed / f"{name}.json").read_text())
+        _, network = build(plans, "3d_fullres")
+        assert network.modalities == modalities
+
+
 def test_a_low_resolution_alone_has_no_next_stage(preprocessed):
     """nnU-Net predicts for the next stage when training has ended, and would not find it in the plans."""
     base = json.loads((preprocessed / "nnUNetPlans.json").read_text())

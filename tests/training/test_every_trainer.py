@@ -61,7 +61,7 @@ def test_inference_builds_the_same_network_from_the_plans(make_trainer, trainer_
     assert (network.ct_channel, network.pet_channel) == (1, 0)
     again = trainer_class.build_network_architecture(*arguments)
     again.load_state_dict(network.state_dict())
-    x = torch.randn(1, 2, 24, 24, 24)
+    x = torch.randn(1, 2, 16, 16, 16)
     with torch.no_grad():
         assert torch.equal(again.eval()(x), network.eval()(x))
 
@@ -71,8 +71,8 @@ def test_regions(make_trainer, trainer_class):
     trainer = make_trainer(trainer_class, plans=plans_of(trainer_class), labels=REGIONS)
     loss = trainer.loss.loss if trainer.enable_deep_supervision else trainer.loss
     assert type(loss).__name__ == "DC_and_BCE_loss"
-    outputs = trainer.network(torch.randn(2, 2, 24, 24, 24))
-    assert (outputs[0] if isinstance(outputs, list) else outputs).shape == (2, 2, 24, 24, 24)
+    outputs = trainer.network(torch.randn(2, 2, 16, 16, 16))
+    assert (outputs[0] if isinstance(outputs, list) else outputs).shape == (2, 2, 16, 16, 16)
 
 
 @every_trainer
@@ -86,7 +86,7 @@ def test_isanet_supervises_all_levels_but_the_deepest(make_trainer):
     trainer = make_trainer(nnUNetTrainerISANet, plans="nnUNetISANetPlans")
     batch = batch_of(trainer)
     outputs, targets = trainer.network(batch["data"]), [t.long() for t in batch["target"]]
-    assert [o.shape[2:] for o in outputs] == [t.shape[2:] for t in targets] == [(24, 24, 24), (12, 12, 12)]
+    assert [o.shape[2:] for o in outputs] == [t.shape[2:] for t in targets] == [(16, 16, 16), (8, 8, 8)]
     expected = sum(w / 3 * plain_loss(o, t) for w, o, t in zip((2, 1), outputs, targets, strict=True))
     assert trainer.loss(outputs, targets).item() == pytest.approx(expected.item(), rel=1e-4)
     weights = nnUNetTrainerISANet.deep_supervision_weights(4)
@@ -118,7 +118,7 @@ def test_one_modality_sees_its_channel_only(make_trainer, trainer_class, kept):
     trainer = make_trainer(trainer_class, plans="nnUNetISANetPlans")
     assert len(trainer.network.encoder.branches) == 1
     trainer.set_deep_supervision_enabled(False)
-    x = torch.randn(1, 2, 24, 24, 24)
+    x = torch.randn(1, 2, 16, 16, 16)
     other, same = x.clone(), x.clone()
     other[:, kept] += 1
     same[:, 1 - kept] += 1
@@ -132,7 +132,16 @@ def test_one_modality_trains_on_a_dataset_that_has_no_other(make_trainer):
     assert trainer.num_input_channels == 1
     assert trainer.plans_manager.plans["nnunet_h2a"]["modalities"] == "pet"
     trainer.train_step(batch_of(trainer))
-    with pytest.raises(ChannelError, match="needs exactly two image channels"):
+    with pytest.raises(ChannelError, match=r"is \['PET'\], but this network takes CT alone"):
         make_trainer(nnUNetTrainerISANetCT, **alone, initialize=False)
-    with pytest.raises(ChannelError, match="needs exactly two image channels"):
+    with pytest.raises(ChannelError, match="for PET alone there is nnUNetTrainerISANetPET"):
         make_trainer(nnUNetTrainerISANet, **alone, initialize=False)
+
+
+def test_a_trainer_of_one_modality_refuses_plans_of_the_other():
+    dataset = {"channel_names": {"0": "CT", "1": "PET"}}
+    with pytest.raises(ChannelError, match="plans say modalities = 'ct', but nnUNetTrainerISANetPET trains"):
+        nnUNetTrainerISANetPET.network_settings({"modalities": "ct"}, dataset, False)
+    with pytest.raises(ChannelError, match="found 'PET' in the plans"):
+        nnUNetTrainerISANet.network_settings({"modalities": "PET"}, dataset, False)
+    assert "modalities" not in nnUNetTrainerISANet.network_settings({"modalities": "pet"}, dataset, False)

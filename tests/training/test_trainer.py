@@ -41,7 +41,7 @@ def test_regions_are_independent_sigmoids(make_trainer):
     trainer = make_trainer(labels=REGIONS)
     assert trainer.network.decoder.independent_classes
     assert type(trainer.loss.loss).__name__ == "DC_and_BCE_loss"
-    assert trainer.network(torch.randn(1, 2, 24, 24, 24))[0].shape[1] == 2
+    assert trainer.network(torch.randn(1, 2, 16, 16, 16))[0].shape[1] == 2
     assert not make_trainer(labels=LABELS).network.decoder.independent_classes
 
 
@@ -89,7 +89,7 @@ def test_the_order_of_the_channels_stands_in_the_plans(make_trainer):
     )
     rebuilt.load_state_dict(trainer.network.state_dict())
     trainer.set_deep_supervision_enabled(False)
-    x = torch.randn(1, 2, 24, 24, 24)
+    x = torch.randn(1, 2, 16, 16, 16)
     assert torch.equal(rebuilt(x), trainer.network(x))
 
 
@@ -148,7 +148,7 @@ def test_pretrained_weights_of_another_number_of_classes(make_trainer, tmp_path)
 
 def test_checkpoint_resumes(make_trainer, tmp_path):
     trainer = make_trainer()
-    batch = {"data": torch.randn(2, 2, 24, 24, 24), "target": [t.float() for t in targets_of(trainer, 2)]}
+    batch = {"data": torch.randn(2, 2, 16, 16, 16), "target": [t.float() for t in targets_of(trainer, 2)]}
     trainer.train_step(batch)
     trainer.save_checkpoint(str(tmp_path / "checkpoint.pth"))
     expected = float(trainer.train_step(batch)["loss"])

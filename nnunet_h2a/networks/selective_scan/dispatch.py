@@ -74,8 +74,7 @@ def _choose(backend: str, u: Tensor) -> Callable[..., Tensor]:
         return export.export_scan if export.available() else reference_scan
     if backend == "auto":
         backend = "triton" if u.is_cuda and triton_scan.why_not(u) is None else "chunked"
-        if not torch.compiler.is_compiling():
-            _say_once(backend, u.device.type)
+        _say(backend, u.device.type)
     if backend == "reference":
         return reference_scan
     if backend == "chunked":
@@ -93,6 +92,12 @@ def _exporting() -> bool:
     return torch.compiler.is_exporting() or torch.onnx.is_in_onnx_export()
 
 
+@torch.compiler.assume_constant_result
+def _say(backend: str, device: str) -> None:
+    # torch.compile runs this function instead of tracing into it, and does not look into a cached one.
+    _say_once(backend, device)
+
+
 @cache
 def _say_once(backend: str, device: str) -> None:
     logger.info("selective scan on %s: backend %s (%s=... chooses another)", device, backend, SWITCH)
@@ -106,14 +111,16 @@ def _check(
     Raises:
         ValueError: naming the tensor, its shape and the shape it must have.
     """
+    if not u.is_floating_point():
+        raise ValueError(f"`u` must be of a floating-point type, got {u.dtype}")
     if u.dim() != 3:
         raise ValueError(f"`u` must be (batch, d, L), got {tuple(u.shape)}")
     batch, channels, length = u.shape
     if length == 0:
         raise ValueError(f"`u` has no step to scan: {tuple(u.shape)}")
-    if A.dim() != 2 or A.shape[0] != channels:
-        raise ValueError(f"`A` must be (d, N) with d = {channels}, got {tuple(A.shape)}")
-    if B.dim() != 4 or channels % B.shape[1]:
+    if A.dim() != 2 or A.shape[0] != channels or A.shape[1] == 0:
+        raise ValueError(f"`A` must be (d, N) with d = {channels} and N at least 1, got {tuple(A.shape)}")
+    if B.dim() != 4 or B.shape[1] == 0 or channels % B.shape[1]:
         raise ValueError(f"`B` must be (batch, G, N, L) with G a divisor of d = {channels}, got {tuple(B.shape)}")
     matrices = (batch, B.shape[1], A.shape[1], length)
     wanted = {"delta": (delta, (batch, channels, length)), "B": (B, matrices), "C": (C, matrices)}

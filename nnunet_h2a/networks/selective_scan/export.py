@@ -32,7 +32,7 @@ def export_scan(
     """The reference's recurrence, with its step as the body of PyTorch's scan operator.
 
     A graph's size then does not depend on the length: ``torch.onnx.export`` writes an ONNX ``Scan`` node of 9 inner
-    nodes, where the unrolled reference has 19 nodes for each step. Arguments and result are those of
+    nodes, where the unrolled reference has 21 nodes for each step. Arguments and result are those of
     :func:`nnunet_h2a.networks.selective_scan.selective_scan`; no gradients are meant to pass.
     """
     # Imported here: the module is PyTorch's own and loads its compiler, which nothing but an export needs.

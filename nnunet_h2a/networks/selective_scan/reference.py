@@ -23,21 +23,23 @@ def reference_scan(
     O(batch d N L). Arguments and result are those of :func:`nnunet_h2a.networks.selective_scan.selective_scan`.
     """
     kind = torch.float64 if u.dtype == torch.float64 else torch.float32
-    channels, groups = u.shape[1], B.shape[1]
+    batch, channels, length = u.shape
+    groups, states = B.shape[1], A.shape[1]
     x, step = u.to(kind), delta.to(kind)
     if delta_bias is not None:
         step = step + delta_bias.to(kind)[:, None]
     if delta_softplus:
         step = F.softplus(step)
-    decay_rate = A.to(kind)
-    # A group's B and C serve all its channels: (batch, d, N, L).
-    b, c = (m.to(kind).repeat_interleave(channels // groups, dim=1) for m in (B, C))
-    state = x.new_zeros(x.shape[0], channels, A.shape[1])
+    # Groups are an axis of their own: a group's B and C serve all its channels without being repeated.
+    grouped = (batch, groups, channels // groups, length)
+    decay_rate = A.to(kind).reshape(groups, channels // groups, states)
+    inputs = ((step * x).reshape(grouped), step.reshape(grouped), B.to(kind), C.to(kind))
+    state = x.new_zeros(*grouped[:3], states)
     outputs = []
     # unbind, not indexing: the backward pass of every single index would fill a tensor of the whole length.
-    for u_t, step_t, b_t, c_t in zip(x.unbind(-1), step.unbind(-1), b.unbind(-1), c.unbind(-1), strict=True):
-        state = torch.exp(step_t[..., None] * decay_rate) * state + (step_t * u_t)[..., None] * b_t
-        outputs.append((state * c_t).sum(-1))
+    for drive_t, step_t, b_t, c_t in zip(*(t.unbind(-1) for t in inputs), strict=True):
+        state = torch.exp(step_t[..., None] * decay_rate) * state + drive_t[..., None] * b_t[:, :, None]
+        outputs.append((state * c_t[:, :, None]).sum(-1).flatten(1))
     y = torch.stack(outputs, dim=-1)
     if D is not None:
         y = y + D.to(kind)[:, None] * x

@@ -67,8 +67,6 @@ def _why_not_once(device: str, double: bool, interpreter: str) -> str | None:
     on_cuda = device.startswith("cuda")
     if not on_cuda and interpreter.lower() not in ("1", "true", "on", "yes", "y"):
         return f"it needs tensors on a CUDA device, not on {device}; move them or take the backend 'chunked'"
-    if not hasattr(torch.library, "custom_op"):
-        return f"it needs PyTorch 2.4 or later, this is {torch.__version__}; update it or take the backend 'chunked'"
     try:
         # Triton is loaded here: it need not be installed, and a broken installation fails with any kind of error.
         from nnunet_h2a.networks.selective_scan import triton_kernels
@@ -201,6 +199,4 @@ def _register() -> None:
     backward.register_fake(_backward_shapes)
 
 
-# PyTorch before 2.4 cannot register operators from Python; `why_not` says so.
-if hasattr(torch.library, "custom_op"):
-    _register()
+_register()

@@ -209,6 +209,30 @@ def test_auto_says_once_what_it_took(taken, caplog):
     assert "chunked" in caplog.text
 
 
+def test_auto_says_it_in_a_compiled_network_too(taken, caplog):
+    tensors = make(1, 4, 3, 5, 2)
+    compiled = torch.compile(lambda *t: selective_scan(*t, True), fullgraph=True, backend="eager")
+    with caplog.at_level(logging.INFO, logger="nnunet_h2a"):
+        for _ in range(2):
+            compiled(*tensors)
+    assert [r.levelname for r in caplog.records if "backend chunked" in r.getMessage()] == ["INFO"]
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"u": torch.ones(1, 4, 5, dtype=torch.int64)}, "`u` must be of a floating-point type"),
+        ({"A": torch.ones(4, 0)}, "N at least 1"),
+        ({"B": torch.ones(1, 0, 3, 5)}, "`B` must be"),
+    ],
+)
+def test_tensors_without_a_scan_are_named(change, message):
+    names = ("u", "delta", "A", "B", "C", "D", "delta_bias")
+    with pytest.raises(ValueError, match=message):
+        selective_scan(**dict(zip(names, make(1, 4, 3, 5, 1), strict=True)) | change)
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here: the kernels work")
 @pytest.mark.parametrize("backend", ["triton", "mamba_ssm"])
 def test_a_backend_that_cannot_work_says_why(backend):

@@ -139,10 +139,6 @@ class TestWhyNot:
         assert "Triton cannot be loaded (ModuleNotFoundError" in problem
         assert "install" in problem
 
-    def test_a_pytorch_without_custom_operators_is_named(self, monkeypatch):
-        monkeypatch.delattr(torch.library, "custom_op")
-        assert "PyTorch 2.4" in triton_scan.why_not(CUDA)
-
     def test_an_interpreter_switched_on_too_late_is_named(self, monkeypatch):
         kernels()
         monkeypatch.setenv("TRITON_INTERPRET", "1")
