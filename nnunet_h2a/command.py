@@ -92,6 +92,13 @@ def read_json(path: Path, cure: str, keys: Sequence[str]) -> dict[str, Any]:
     return content
 
 
+def _plans_in(folder: Path) -> list[str]:
+    """Names of the plans in a folder: they may be called anything, but they have configurations."""
+    return [
+        path.stem for path in sorted(folder.glob("*.json")) if '"configurations"' in path.read_text(errors="replace")
+    ]
+
+
 def read_plans(folder: Path, plans: str) -> tuple[dict[str, Any], dict[str, Any]]:
     """Plans and dataset.json of a preprocessed dataset.
 
@@ -104,8 +111,8 @@ def read_plans(folder: Path, plans: str) -> tuple[dict[str, Any], dict[str, Any]
     """
     cure = f"nnUNetv2_plan_and_preprocess -d {dataset_number(folder)}"
     path = folder / f"{plans}.json"
-    if not path.exists() and (others := sorted(folder.glob("*Plans*.json"))):
-        raise CommandError(f"{folder} has no plans {plans}; it has {', '.join(o.stem for o in others)} (-p)")
+    if not path.exists() and (others := _plans_in(folder)):
+        raise CommandError(f"{folder} has no plans {plans}; it has {', '.join(others)} (-p)")
     base = read_json(path, cure, ["plans_name", "configurations"])
     return base, read_json(folder / "dataset.json", cure, ["channel_names", "labels"])
 

@@ -203,6 +203,7 @@ def check_tensors(
             first that is unexpected in the file's.
     """
     problems = []
+    absent = sum(name not in renamed for name in expected)
     for name, wanted in expected.items():
         shape = list(wanted.shape)
         if name not in renamed:
@@ -220,6 +221,8 @@ def check_tensors(
             problems.append(f"{source} of shape {list(tensors[source].shape)} is unexpected")
     if problems:
         others = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+        if absent == len(expected):
+            others = f", as are all {absent} tensors: it is another network's file"
         raise WeightsFileError(f"{complaint}: {problems[0]}{others}")
 
 
@@ -239,10 +242,9 @@ def _load(path: Path, first: str) -> Any:
                 f"{path}: holds a Python object ({refused.group(1).rstrip('.')}), and loading that could run any code; "
                 "if you trust the file, save its tensors alone as {'model': state_dict}"
             ) from error
-        reason = text[:100] or type(error).__name__
         raise WeightsFileError(
-            f"{path}: is not a PyTorch checkpoint, or is cut short ({reason}), so that {first} and all after it are "
-            "missing; fetch it again"
+            f"{path}: is not a PyTorch checkpoint, or is cut short ({path.stat().st_size:,} bytes), so that {first} "
+            "and all after it are missing; fetch it again"
         ) from error
 
 

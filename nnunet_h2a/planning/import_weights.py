@@ -54,6 +54,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _import(arguments: argparse.Namespace) -> int:
     source, target = Path(arguments.cipa or arguments.vmamba), Path(arguments.output)
+    if source.is_dir():
+        raise CommandError(f"{source}: is a folder, not a file of weights")
     if not source.is_file():
         raise CommandError(f"{source}: no such file; give the file that the weights' authors offer")
     _check_target(target, source)

@@ -97,10 +97,12 @@ def _plan(arguments: argparse.Namespace) -> int:
     except ChannelError as error:
         raise CommandError(f"{folder}: {error}") from error
     target = folder / f"{name}.json"
+    if target.exists():
+        print(f"replacing {target}, which was there (-o gives another name)")
     temporary = target.with_suffix(".json.part")
     temporary.write_text(json.dumps(plans, indent=4) + "\n", encoding="utf-8")
     os.replace(temporary, target)
-    _report(plans, target, dataset_number(folder), arguments.network)
+    _report(plans, target, dataset_number(folder), arguments.network, alone)
     return 0
 
 
@@ -139,6 +141,8 @@ def make_plans(
         CommandError: for sizes that do not go together.
         ChannelError: where the dataset is not CT and PET and ``network`` is one of ours.
     """
+    if n_stages is not None and n_stages != FIXED_STAGES.get(network, n_stages):
+        raise CommandError(f"--n-stages {n_stages}: {network} always has {FIXED_STAGES[network]} stages; leave it out")
     if modalities != "both" and network != "ISANet":
         raise CommandError(f"--modalities {modalities}: only ISANet has a form for one modality, not {network}")
     plans = deepcopy(base)
@@ -164,7 +168,11 @@ def make_plans(
         wanted_widths = FIXED_STAGES.get(network, stages)
         if features is not None and len(features) != wanted_widths:
             whose = f"{network}" if network in FIXED_STAGES else f"configuration {key}"
-            raise CommandError(f"--features: {whose} has {wanted_widths} stages, got {len(features)} numbers")
+            cure = "" if network in FIXED_STAGES or len(features) > stages else f" or --n-stages {len(features)}"
+            raise CommandError(
+                f"--features: {whose} has {wanted_widths} stages, got {len(features)} numbers: give {wanted_widths} "
+                f"numbers{cure}"
+            )
         if network == STOCK:
             old.update(geometry)
             old["features_per_stage"] = list(features or _resize(old["features_per_stage"], stages))
@@ -290,7 +298,7 @@ def _architecture(
     }
 
 
-def _report(plans: dict[str, Any], target: Path, number: int, network: str) -> None:
+def _report(plans: dict[str, Any], target: Path, number: int, network: str, alone: str) -> None:
     print(f"wrote {target}")
     for key, configuration in plans["configurations"].items():
         if "architecture" not in configuration:
@@ -316,5 +324,5 @@ def _report(plans: dict[str, Any], target: Path, number: int, network: str) -> N
     if network not in PUBLISHED_WIDTHS:
         print(train)
         return
-    print(f"{train} -tr nnUNetTrainer{network}    # with the optimiser that the network learns with")
+    print(f"{train} -tr nnUNetTrainer{network}{alone}    # with the optimiser that the network learns with")
     print(f"{train}    # with nnU-Net's own optimiser and loss")

@@ -196,7 +196,7 @@ def test_both_vmamba_namings_write_the_same_bits(preprocessed, vmamba_files, cap
     ("arguments", "message"),
     [
         (["--vmamba", "no.pth"], "no.pth: no such file"),
-        (["--vmamba", "."], ".: no such file"),
+        (["--vmamba", "."], ".: is a folder"),
         (["-d", "714"], "nnUNetv2_plan_and_preprocess -d 714"),
         (["-p", "Missing"], "has no plans Missing; it has nnUNetPlans (-p)"),
         (["-c", "2d_large"], "has no configuration 2d_large; it has 2d, 2d_small, 3d_fullres (-c)"),

@@ -120,6 +120,15 @@ def test_one_modality_has_plans_of_its_own_name(preprocessed, capsys):
         plans = json.loads((preprocessed / f"{name}.json").read_text())
         _, network = build(plans, "3d_fullres")
         assert network.modalities == modalities
+        trainer = {"both": "nnUNetTrainerISANet", "pet": "nnUNetTrainerISANetPET", "ct": "nnUNetTrainerISANetCT"}
+        assert f"-tr {trainer[modalities]} " in printed
+
+
+def test_plans_that_are_replaced_are_said_to_be(preprocessed, capsys):
+    assert main(["-d", "711"]) == 0
+    assert "replacing" not in capsys.readouterr().out
+    assert main(["-d", "711", "--batch-size", "3"]) == 0
+    assert "nnUNetH2ASegPlans.json, which was there" in capsys.readouterr().out
 
 
 def test_a_low_resolution_alone_has_no_next_stage(preprocessed):
@@ -154,6 +163,7 @@ def test_sizes_are_positive_integers(preprocessed, capsys, arguments):
         (["-d", "711", "-c", "3d_fullres", "--n-stages", "9"], "allows 3 to"),
         (["-d", "711", "-c", "3d_fullres", "--n-stages", "2"], "allows 3 to"),
         (["-d", "711", "-c", "3d_fullres", "--features", "4", "8"], "--features: configuration 3d_fullres has"),
+        (["-d", "711", "--network", "CIPA", "--n-stages", "3"], "CIPA always has 4 stages"),
         (["-d", "711", "-o", "nnUNetPlans"], "would overwrite"),
         (["-d", "711", "-o", "a__b"], "single underscores"),
     ],
