@@ -14,7 +14,7 @@ PYTEST := $(BIN)/python -m pytest -n 2
 
 help:
 	@echo "make demo       phantom PET/CT -> nnU-Net dataset -> train, predict, ensemble, score (demo_output/)"
-	@echo "make test       the tests (10 minutes on 2 cores)"
+	@echo "make test       the tests (15 minutes on 2 slow cores)"
 	@echo "make test-full  the tests for every feature and network"
 	@echo "make lint       ruff"
 	@echo "make bench      benchmarks"

@@ -43,7 +43,7 @@ def fresh_compiler():
 
 
 @pytest.mark.usefixtures("fresh_compiler")
-@matrix(plain=("regions", "2d 36x44"))
+@matrix(plain=("2d 36x44",))
 def test_compiles_without_graph_breaks(entry, plan):
     network = entry.build(plan, deep_supervision=True)
     compiled = torch.compile(network, fullgraph=True, backend="eager")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
@@ -45,6 +46,7 @@ def train(tmp_path, stock_weights):
         assert torch.equal(ours, theirs)
 
 
+@pytest.mark.full
 def test_three_steps_leave_equal_weights_with_our_loss(tmp_path):
     train(tmp_path, stock_weights=False)
 

@@ -32,6 +32,12 @@ def test_roles(dataset_json, roles):
     assert channel_roles(dataset_json) == roles
 
 
+@pytest.mark.parametrize("kind", ["CT", "PET"])
+def test_one_modality_is_told_of_the_trainer_that_takes_it(kind):
+    with pytest.raises(ChannelError, match=rf"is \['{kind}'\].* needs CT and PET.* nnUNetTrainerISANet{kind}$"):
+        channel_roles(dataset(kind))
+
+
 @pytest.mark.parametrize(
     ("dataset_json", "found"),
     [
@@ -39,7 +45,6 @@ def test_roles(dataset_json, roles):
         (dataset("CT", "CT"), r"\['CT', 'CT'\]"),
         (dataset("PET", "SUV"), r"\['PET', 'SUV'\]"),
         (dataset("CT", "T1"), r"\['CT', 'T1'\]"),
-        (dataset("CT"), r"\['CT'\]"),
         (dataset(), r"\[\]"),
         ({"channel_names": {"CT": 0, "PET": 1}}, "name for each channel number"),
         ({"channel_names": ["CT", "PET"]}, "name for each channel number"),
