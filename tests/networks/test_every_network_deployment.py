@@ -157,14 +157,23 @@ def check_export(network: nn.Module, plan: Plan, file: Path, **options: Any) -> 
 @pytest.mark.parametrize(
     ("entry", "size"),
     [
-        pytest.param(entry, size, marks=[] if PLAIN_EXPORTS.get(entry.name, "64x64") == size else pytest.mark.full)
+        pytest.param(
+            entry,
+            size,
+            id=f"{entry.name}-{size}",
+            marks=[] if PLAIN_EXPORTS.get(entry.name, "64x64") == size else pytest.mark.full,
+        )
         for entry in ENTRIES
         for size in EXPORTED
     ],
 )
 def test_onnx(entry, size, tmp_path, record_property):
-    """Without the exporter's optimisation, which takes most of its time and is checked in the test below."""
-    opset, nodes = check_export(entry.build(EXPORTED[size]), EXPORTED[size], tmp_path / "network.onnx", optimize=False)
+    """In 2D without the exporter's optimisation, which takes most of its time and is checked in the test below.
+
+    In 3D it cannot be left out: without it a convolution without bias gets one of the wrong shape (PyTorch 2.15).
+    """
+    plan, optimize = EXPORTED[size], size == "16x32x32"
+    opset, nodes = check_export(entry.build(plan), plan, tmp_path / "network.onnx", optimize=optimize)
     record_property("opset", opset)
     record_property("nodes", nodes)
     assert opset >= 18
