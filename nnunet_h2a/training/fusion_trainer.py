@@ -109,9 +109,9 @@ class FusionTrainer(nnUNetTrainer):
         super().initialize()
         # nnU-Net's log shows the plan's architecture, which is that of its own U-Net for a stock plan.
         network = self.network.module if self.is_ddp else self.network
+        network = getattr(network, "_orig_mod", network)
         parameters = sum(p.numel() for p in network.parameters())
-        name = type(getattr(network, "_orig_mod", network)).__name__
-        modalities = getattr(getattr(network, "_orig_mod", network), "modalities", "both")
+        name, modalities = type(network).__name__, getattr(network, "modalities", "both")
         alone = "" if modalities == "both" else f", {modalities.upper()} alone"
         self.print_to_log_file(
             f"network: {name}{alone}, {parameters / 1e6:.2f} million parameters; recipe: {self.recipe}"
