@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 from collections.abc import Callable, Mapping
@@ -10,9 +11,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dataset_conversion.errors import ConversionError
-from dataset_conversion.raw_dataset import FILE_ENDING, DatasetSpec
+from dataset_conversion.raw_dataset import DatasetSpec
+from dataset_conversion.splits import Fold
 
 if TYPE_CHECKING:
+    import numpy as np
     import SimpleITK as sitk
 
 
@@ -26,6 +29,8 @@ class Case:
         files: source files, whose path, size and time decide whether a finished case is still valid.
         payload: what the converter needs, picklable.
         variant: what else the result depends on, such as a choice made over all cases.
+        group: what it belongs to beside its patient (the centre), for folds by group.
+        labelled: False for a test case whose label was not released.
     """
 
     case_id: str
@@ -33,6 +38,8 @@ class Case:
     files: tuple[str, ...]
     payload: Any = None
     variant: str = ""
+    group: str = ""
+    labelled: bool = True
 
     @property
     def folder(self) -> str | None:
@@ -49,6 +56,7 @@ class Refusal:
         subject: the case, or the name of a file that belongs to no known one.
         what, remedy, file: as in ``ConversionError``.
         of_case: False where ``subject`` is a file.
+        fatal: True where no other case could be written either (a full disk).
     """
 
     subject: str
@@ -56,11 +64,12 @@ class Refusal:
     remedy: str | None = None
     file: str | None = None
     of_case: bool = True
+    fatal: bool = False
 
     @classmethod
-    def of(cls, case: Case, error: ConversionError) -> Refusal:
+    def of(cls, case: Case, error: ConversionError, fatal: bool = False) -> Refusal:
         """Return the refusal of a case; an error that names no file gets the folder of the case's files."""
-        return cls(case.case_id, error.what, error.remedy, error.file or case.folder)
+        return cls(case.case_id, error.what, error.remedy, error.file or case.folder, fatal=fatal)
 
     def __str__(self) -> str:
         text = f"{self.subject}: {ConversionError(self.what, self.remedy, self.file)}"
@@ -75,41 +84,80 @@ class Discovery:
         cases: to be converted.
         refusals: what was found and cannot be converted.
         passed_over: left out on the user's wish (not a fault), identifier to reason.
+        test: identifiers of cases that the data set's authors set apart for testing.
+        folds: the folds that came with the data, of its cases' identifiers.
+        spec: what dataset.json says, where that depends on what was found.
+        notes: what the user should know of the data as a whole.
     """
 
     cases: list[Case] = field(default_factory=list)
     refusals: list[Refusal] = field(default_factory=list)
     passed_over: dict[str, str] = field(default_factory=dict)
+    test: set[str] = field(default_factory=set)
+    folds: list[Fold] | None = None
+    spec: DatasetSpec | None = None
+    notes: list[str] = field(default_factory=list)
 
 
 class CaseWriter:
-    """Writes the images of one case into its folder of the workspace under nnU-Net's names."""
+    """Writes the files of one case into its folder of the workspace under nnU-Net's names.
 
-    def __init__(self, folder: Path, case_id: str) -> None:
+    Args:
+        folder: where to.
+        case: whose files.
+        spec: for the file ending.
+        link: how a file is taken over as it is: ``copy``, ``hard`` or ``soft`` link.
+    """
+
+    def __init__(self, folder: Path, case: Case, spec: DatasetSpec, link: str = "copy") -> None:
         self.folder = folder
-        self.case_id = case_id
+        self._case_id = case.case_id
+        self._spec = spec
+        self._link = link
 
     def image(self, channel: int, image: sitk.Image) -> None:
-        """Write one channel as float32."""
+        """Write one channel of a volume as float32."""
         import SimpleITK as sitk
 
-        self._write(f"{self.case_id}_{channel:04d}{FILE_ENDING}", sitk.Cast(image, sitk.sitkFloat32))
+        self._write(channel, image, sitk.sitkFloat32)
 
     def label(self, image: sitk.Image) -> None:
-        """Write the label map as uint8."""
+        """Write the label map of a volume as uint8."""
         import SimpleITK as sitk
 
-        self._write(f"{self.case_id}{FILE_ENDING}", sitk.Cast(image, sitk.sitkUInt8))
+        self._write(None, image, sitk.sitkUInt8)
 
-    def copy(self, source: str, channel: int | None) -> None:
+    def grey_levels(self, channel: int | None, values: np.ndarray) -> None:
+        """Write uint8 values (rows, columns) as a picture: one channel or (None) the label map."""
+        from PIL import Image
+
+        Image.fromarray(values).save(self._path(channel), format="PNG", compress_level=1)
+
+    def take(self, source: str, channel: int | None) -> None:
         """Take a file over as it is, as a channel or (None) as the label map."""
-        name = f"{self.case_id}{FILE_ENDING}" if channel is None else f"{self.case_id}_{channel:04d}{FILE_ENDING}"
-        shutil.copyfile(source, self.folder / name)
+        take_over(Path(source), self._path(channel), self._link)
 
-    def _write(self, name: str, image: sitk.Image) -> None:
+    def _path(self, channel: int | None) -> Path:
+        return self.folder / self._spec.image_name(self._case_id, channel)
+
+    def _write(self, channel: int | None, image: sitk.Image, kind: int) -> None:
         import SimpleITK as sitk
 
-        sitk.WriteImage(image, str(self.folder / name), useCompression=True)
+        from dataset_conversion.nifti import write_image
+
+        write_image(image if image.GetPixelID() == kind else sitk.Cast(image, kind), str(self._path(channel)))
+
+
+def take_over(source: Path, target: Path, link: str) -> None:
+    """Copy or link a file; where hard links cannot be made (another file system) it is copied."""
+    if link == "soft":
+        os.symlink(os.path.realpath(source), target)
+        return
+    if link == "hard":
+        with contextlib.suppress(OSError):
+            os.link(os.path.realpath(source), target)
+            return
+    shutil.copyfile(source, target)
 
 
 @dataclass(frozen=True)
@@ -125,6 +173,9 @@ class Recipe:
         describe: (case, options) -> one line for ``--dry-run``; raises ConversionError where convert would early on.
         looks_for: what it takes from a source folder, for messages.
         unit: what its cases are, for messages.
+        splits: how cases are divided into folds, a key of ``engine.SPLITS``.
+        link: how files are taken over that can be used as they are.
+        keep_channel_names: keep channel names that a user changed in an earlier dataset.json.
     """
 
     command: str
@@ -135,6 +186,9 @@ class Recipe:
     describe: Callable[[Case, Mapping[str, Any]], str]
     looks_for: str
     unit: str = "patients"
+    splits: str = "patient"
+    link: str = "copy"
+    keep_channel_names: bool = True
 
 
 @dataclass
@@ -157,6 +211,6 @@ class Outcome:
     kept: list[str]
     refusals: list[Refusal]
     notes: dict[str, list[str]]
-    splits: list[dict[str, list[str]]]
+    splits: list[Fold]
     test_cases: int
     edits: list[str] = field(default_factory=list)

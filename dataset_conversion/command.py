@@ -6,25 +6,39 @@ Exit codes: 0 all converted, 1 some patients refused, 2 nothing done, 130 interr
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import shlex
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from dataset_conversion import raw_dataset
 from dataset_conversion.cases import Discovery, Recipe, Refusal
-from dataset_conversion.engine import run, split_test_cases, unique_cases
+from dataset_conversion.engine import SPLITS, plan_splits, run, split_test_cases, unique_cases
 from dataset_conversion.errors import ConversionError, UsageError
+from dataset_conversion.processes import Workers
+from dataset_conversion.raw_dataset import PET_NORMALIZATIONS
 from dataset_conversion.workspace import DATASET_JSON, REPORT
 
 MAX_NOTES = 20
 ALL_CONVERTED, SOME_REFUSED, NOTHING_DONE, INTERRUPTED = 0, 1, 2, 130
 
 
-def build_parser(prog: str, description: str, default_name: str, default_grid: str) -> argparse.ArgumentParser:
-    """Return a parser with the flags common to all converters."""
+def build_parser(
+    prog: str, description: str, default_name: str, default_grid: str | None, splits: Sequence[str] = ("patient", "622")
+) -> argparse.ArgumentParser:
+    """Return a parser with the flags common to all converters.
+
+    Args:
+        prog: the command.
+        description: what it converts.
+        default_name: of the dataset.
+        default_grid: ``ct`` or ``pet``, None where both are on one grid anyway.
+        splits: ways of dividing its cases, keys of ``engine.SPLITS``.
+    """
     parser = argparse.ArgumentParser(
         prog=prog,
         description=description,
@@ -37,12 +51,13 @@ def build_parser(prog: str, description: str, default_name: str, default_grid: s
         "-d", "--dataset-id", required=True, type=int, metavar="ID", help="nnU-Net dataset ID, 1 to 999"
     )
     parser.add_argument("--name", default=default_name, help=f"dataset name (default: {default_name})")
-    parser.add_argument(
-        "--grid",
-        choices=("ct", "pet"),
-        default=default_grid,
-        help=f"voxel grid of the dataset; the other image is resampled to it (default: {default_grid})",
-    )
+    if default_grid is not None:
+        parser.add_argument(
+            "--grid",
+            choices=("ct", "pet"),
+            default=default_grid,
+            help=f"voxel grid of the dataset; the other image is resampled to it (default: {default_grid})",
+        )
     parser.add_argument(
         "-np",
         "--num-processes",
@@ -51,7 +66,33 @@ def build_parser(prog: str, description: str, default_name: str, default_grid: s
         metavar="N",
         help="worker processes (default: nnUNet_def_n_proc, else the number of cores, at most 8)",
     )
+    parser.add_argument(
+        "--dask", metavar="tcp://HOST:PORT", help="hand the cases to this Dask cluster instead of -np processes"
+    )
     parser.add_argument("--test", nargs="+", default=[], metavar="PATIENT", help="patients for imagesTs and labelsTs")
+    parser.add_argument(
+        "--splits",
+        choices=splits,
+        help="; ".join(f"{name}: {SPLITS[name]}" for name in splits)
+        + f" (default: {'shipped where there are such, else ' * ('shipped' in splits)}patient)",
+    )
+    parser.add_argument(
+        "--pet-normalization",
+        choices=tuple(PET_NORMALIZATIONS),
+        help="what nnU-Net does with PET, set by the channel's name in dataset.json. zscore: mean 0 and SD 1 in every "
+        "image, nnU-Net's own choice for PET; the same SUV then differs with field of view, bladder and brain. ct: "
+        "clipped and scaled by the percentiles, mean and SD of all tumours' voxels, as the autoPET winners had it; "
+        "keeps SUV comparable, but flattens what is below the tumours' 0.5 %% percentile and needs tumours. suv: "
+        "absolute, fixed scaling; keeps SUV comparable and clips nothing (default: zscore, or what an earlier "
+        "dataset.json has)",
+    )
+    parser.add_argument(
+        "--link",
+        choices=("copy", "hard", "soft"),
+        default="copy",
+        help="how files are taken over that can be used as they are: copy; hard link (same file system, else copied); "
+        "soft link (needs the source for good) (default: copy)",
+    )
     parser.add_argument("--dry-run", action="store_true", help="say what would be done and write nothing")
     return parser
 
@@ -71,6 +112,10 @@ def default_processes() -> int:
 
 def execute(recipe: Recipe, arguments: argparse.Namespace) -> int:
     """Run a converter command and return its exit code; every fault becomes one line on the error stream."""
+    for stream in (sys.stdout, sys.stderr):
+        # File names of other systems may not be text, and the terminal may not be UTF-8.
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
         return _execute(recipe, arguments)
     except ConversionError as error:
@@ -87,6 +132,9 @@ def execute(recipe: Recipe, arguments: argparse.Namespace) -> int:
 def _execute(recipe: Recipe, arguments: argparse.Namespace) -> int:
     dataset = raw_dataset.locate(arguments.dataset_id, arguments.name)
     source = Path(arguments.input).expanduser()
+    if arguments.dask:
+        # Workers of a cluster run in folders of their own.
+        source = source.absolute()
     if not source.exists():
         raise UsageError("does not exist", "give the folder with the data: -i SOURCE", source)
     with _Bar("searching", "files") as bar:
@@ -97,16 +145,19 @@ def _execute(recipe: Recipe, arguments: argparse.Namespace) -> int:
         counted = f" ({_count_refusals(discovery.refusals, 0, recipe.unit)})" if discovery.refusals else ""
         what = f"{'is a file and ' if source.is_file() else ''}holds nothing that can be converted{counted}"
         raise UsageError(what, f"give -i the folder with {recipe.looks_for}", source)
+    recipe = _with_flags(recipe, arguments, discovery)
     if arguments.dry_run:
         return _dry_run(recipe, discovery, dataset, arguments.test)
-    processes = arguments.num_processes or default_processes()
+    workers = Workers(arguments.num_processes or default_processes(), arguments.dask)
     with _Bar("converting", "cases") as bar:
-        outcome = run(recipe, source, dataset, discovery, processes, arguments.test, bar.start)
+        outcome = run(recipe, source, dataset, discovery, workers, arguments.test, bar.start)
     _report_refusals(outcome.refusals)
     summary = _count_refusals(outcome.refusals, len(outcome.converted) + len(outcome.kept), recipe.unit)
     if not outcome.splits:
         print_error(f"{summary}; no training case could be converted, no dataset was written")
         return NOTHING_DONE
+    for text in discovery.notes:
+        print_error(f"warning: {text}")
     _print_notes([f"note: {case_id}: {text}" for case_id, texts in outcome.notes.items() for text in texts])
     print(
         f"{dataset}: {len(outcome.converted)} cases converted, {len(outcome.kept)} kept from an earlier run, "
@@ -128,7 +179,12 @@ def _execute(recipe: Recipe, arguments: argparse.Namespace) -> int:
         print_error(f"warning: {dataset / DATASET_JSON}: {text}")
     print("next:")
     commands = raw_dataset.next_commands(
-        arguments.dataset_id, len(outcome.splits), outcome.test_cases > 0, dataset.name, prepared is not None
+        recipe.spec,
+        arguments.dataset_id,
+        len(outcome.splits),
+        outcome.test_cases > 0,
+        dataset.name,
+        prepared is not None,
     )
     for line in commands:
         print(f"  {line}")
@@ -138,8 +194,19 @@ def _execute(recipe: Recipe, arguments: argparse.Namespace) -> int:
     return SOME_REFUSED
 
 
+def _with_flags(recipe: Recipe, arguments: argparse.Namespace, discovery: Discovery) -> Recipe:
+    spec = (discovery.spec or recipe.spec).normalised(arguments.pet_normalization)
+    return replace(
+        recipe,
+        spec=spec,
+        splits=arguments.splits or ("shipped" if discovery.folds else "patient"),
+        link=arguments.link,
+        keep_channel_names=arguments.pet_normalization is None,
+    )
+
+
 def _dry_run(recipe: Recipe, discovery: Discovery, dataset: Path, test: Sequence[str]) -> int:
-    test_ids = split_test_cases(discovery, test)
+    test_ids, _ = plan_splits(recipe, discovery, split_test_cases(discovery, test))
     refusals = list(discovery.refusals)
     print(f"would write {dataset}:")
     for case in discovery.cases:

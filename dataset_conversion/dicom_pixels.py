@@ -101,6 +101,8 @@ def _decompressed_values(path: str, dataset: Dataset) -> np.ndarray:
     try:
         return dataset.pixel_array
     except (RuntimeError, NotImplementedError, ImportError):
+        # SimpleITK ends the process on names that are no UTF-8 text; this is an error that the caller reports.
+        path.encode()
         image = sitk.ReadImage(path, sitk.sitkFloat64)
     rescaled = sitk.GetArrayFromImage(image)[0]
     slope, intercept = float(dataset.get("RescaleSlope") or 1), float(dataset.get("RescaleIntercept") or 0)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,7 +28,7 @@ DUPLICATE_MM = 1e-2
 ORIENTATION_TOLERANCE = 1e-3
 _SCAN_TAGS = [
     "SOPClassUID", "SOPInstanceUID", "Modality", "PatientID", "PatientName", "StudyInstanceUID", "SeriesInstanceUID",
-    "SeriesDescription", "FrameOfReferenceUID", "ImageType", "NumberOfFrames", "CorrectedImage",
+    "SeriesDescription", "FrameOfReferenceUID", "ImageType", "NumberOfFrames", "CorrectedImage", "StudyDate",
 ]  # fmt: skip
 READ_ERRORS = (
     AttributeError, EOFError, IndexError, KeyError, NotImplementedError, OSError, OverflowError, RuntimeError,
@@ -55,6 +55,7 @@ class DicomFile:
     image_type: tuple[str, ...]
     corrections: tuple[str, ...]
     frames: int
+    study_date: str = ""
 
 
 @dataclass(frozen=True)
@@ -180,10 +181,17 @@ def _words(value: Any) -> tuple[str, ...]:
 
 
 def scan(source: Path, progress: Callable[[], None] = lambda: None) -> tuple[list[DicomFile], list[ConversionError]]:
-    """Read the headers of all DICOM files below ``source``.
+    """Read the headers of all DICOM files below a folder (or of one file), as ``scan_files`` does."""
+    return scan_files(iterate_files(source) if source.is_dir() else [str(source)], progress)
+
+
+def scan_files(
+    paths: Iterable[str], progress: Callable[[], None] = lambda: None
+) -> tuple[list[DicomFile], list[ConversionError]]:
+    """Read the headers of the DICOM files among some files.
 
     Args:
-        source: a folder, searched whatever its subfolders are called, or one file.
+        paths: the files.
         progress: called once per file looked at.
 
     Returns:
@@ -195,7 +203,7 @@ def scan(source: Path, progress: Callable[[], None] = lambda: None) -> tuple[lis
     found: list[DicomFile] = []
     broken: list[ConversionError] = []
     with quiet_dicom():
-        for path in iterate_files(source) if source.is_dir() else [str(source)]:
+        for path in paths:
             progress()
             start = ""
             try:
@@ -238,6 +246,7 @@ def _file_record(path: str, header: Dataset) -> DicomFile | None:
         image_type=_words(header.get("ImageType")),
         corrections=_words(header.get("CorrectedImage")),
         frames=int(header.get("NumberOfFrames") or 1),
+        study_date=str(header.get("StudyDate") or "").strip(),
     )
 
 

@@ -1,21 +1,19 @@
-"""The nnU-Net v2 raw dataset: its place, its dataset.json, its patient-level folds, and the commands that follow."""
+"""The nnU-Net v2 raw dataset: its place, its dataset.json, and the commands that follow."""
 
 from __future__ import annotations
 
 import json
 import os
-import random
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from dataset_conversion.errors import UsageError
 
-FILE_ENDING = ".nii.gz"
-N_FOLDS = 5
-SPLIT_SEED = 12345
+#: What PET may be normalised by, and the channel name that has stock nnU-Net do it (None: its fixed scaling).
+PET_NORMALIZATIONS = {"zscore": "PET", "ct": "CT", "suv": None}
 _NAME = re.compile(r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
 
 
@@ -29,6 +27,13 @@ class DatasetSpec:
         modalities: ``CT`` or ``PET`` of each channel, whatever the channel is named.
         labels: label name to integer, background 0.
         description, reference, licence: as nnU-Net's own dataset.json files have them.
+        file_ending: of images and labels.
+        reader: nnU-Net's class that reads them.
+        fixed_scaling: channel name that makes nnU-Net keep values absolute: ``noNorm`` takes them as they are,
+            ``rgb_to_0_1`` divides by 255.
+        listed: name every case's files in dataset.json; nnU-Net looks for them by name otherwise, which takes minutes
+            where there are thousands.
+        configuration, trainer: what to train it with, for the commands printed at the end.
     """
 
     default_name: str
@@ -38,21 +43,54 @@ class DatasetSpec:
     description: str
     reference: str
     licence: str
+    file_ending: str = ".nii.gz"
+    reader: str = "SimpleITKIO"
+    fixed_scaling: str = "noNorm"
+    listed: bool = False
+    configuration: str = "3d_fullres"
+    trainer: str = "nnUNetTrainerH2ASeg"
 
-    def to_json(self, name: str, num_training: int) -> dict[str, Any]:
-        """Return dataset.json for ``num_training`` cases."""
-        return {
+    def normalised(self, choice: str | None) -> DatasetSpec:
+        """Return the spec with the PET channel named so that nnU-Net normalises it by ``choice``.
+
+        Args:
+            choice: a key of ``PET_NORMALIZATIONS``, or None for the spec as it is.
+        """
+        if choice is None:
+            return self
+        name = PET_NORMALIZATIONS[choice] or self.fixed_scaling
+        pairs = zip(self.channel_names, self.modalities, strict=True)
+        names = tuple(name if modality == "PET" else channel for channel, modality in pairs)
+        return replace(self, channel_names=names)
+
+    def image_name(self, case_id: str, channel: int | None) -> str:
+        """Return the file name of a case's channel, or (None) of its label map."""
+        return f"{case_id}{self.file_ending}" if channel is None else f"{case_id}_{channel:04d}{self.file_ending}"
+
+    def to_json(self, name: str, training: Sequence[str]) -> dict[str, Any]:
+        """Return dataset.json for the training cases of the given identifiers."""
+        content = {
             "channel_names": {str(index): channel for index, channel in enumerate(self.channel_names)},
             "h2a_modalities": list(self.modalities),
             "labels": dict(self.labels),
-            "numTraining": num_training,
-            "file_ending": FILE_ENDING,
-            "overwrite_image_reader_writer": "SimpleITKIO",
+            "numTraining": len(training),
+            "file_ending": self.file_ending,
+            "overwrite_image_reader_writer": self.reader,
             "name": name,
             "description": self.description,
             "reference": self.reference,
             "licence": self.licence,
         }
+        if self.listed:
+            channels = range(len(self.channel_names))
+            content["dataset"] = {
+                case_id: {
+                    "images": [f"imagesTr/{self.image_name(case_id, channel)}" for channel in channels],
+                    "label": f"labelsTr/{self.image_name(case_id, None)}",
+                }
+                for case_id in sorted(training)
+            }
+        return content
 
 
 def clean_identifier(text: str) -> str:
@@ -114,38 +152,13 @@ def _free_id(dataset_id: int) -> int:
     return next((candidate for candidate in candidates if candidate not in used), dataset_id)
 
 
-def make_splits(patient_of_case: Mapping[str, str]) -> list[dict[str, list[str]]]:
-    """Return nnU-Net's splits_final.json with all cases of a patient on one side of every fold.
-
-    Five folds from five patients on, as many folds as patients below that (leave one out), and for a single patient
-    one fold that trains and validates on it. Deterministic; folds are balanced by number of cases.
-
-    Args:
-        patient_of_case: case identifier to patient.
-    """
-    cases_of: dict[str, list[str]] = {}
-    for case, patient in sorted(patient_of_case.items()):
-        cases_of.setdefault(patient, []).append(case)
-    everything = sorted(patient_of_case)
-    if not cases_of:
-        return []
-    if len(cases_of) == 1:
-        return [{"train": everything, "val": everything}]
-    patients = sorted(cases_of)
-    if len(patients) >= N_FOLDS:
-        random.Random(SPLIT_SEED).shuffle(patients)
-        # Patients with many studies first: only then can the small ones even the folds out.
-        patients.sort(key=lambda patient: -len(cases_of[patient]))
-    folds: list[list[str]] = [[] for _ in range(min(N_FOLDS, len(patients)))]
-    for patient in patients:
-        smallest = min(range(len(folds)), key=lambda index: (len(folds[index]), index))
-        folds[smallest].extend(cases_of[patient])
-    return [{"train": sorted(set(everything) - set(fold)), "val": sorted(fold)} for fold in folds]
-
-
-def to_text(content: Any) -> str:
-    """Return JSON as it is written to disk."""
-    return json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+def to_bytes(content: Any) -> bytes:
+    """Return JSON as it is written to disk: UTF-8, and file names that are none (from other systems) escaped."""
+    text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+    try:
+        return text.encode()
+    except UnicodeEncodeError:
+        return (json.dumps(content, indent=2) + "\n").encode()
 
 
 def stale_preprocessed_splits(dataset_name: str, splits: Sequence[Mapping[str, Sequence[str]]]) -> Path | None:
@@ -180,18 +193,19 @@ def stale_fingerprint(dataset_name: str) -> Path | None:
 
 
 def next_commands(
-    dataset_id: int, folds: int, has_test_cases: bool, dataset_name: str, clean: bool = False
+    spec: DatasetSpec, dataset_id: int, folds: int, has_test_cases: bool, dataset_name: str, clean: bool = False
 ) -> list[str]:
     """Return the nnU-Net commands to type after the conversion; ``clean`` has nnU-Net take a new fingerprint."""
     which = "fold 0" if folds == 1 else f"folds 0 to {folds - 1}"
-    trainer = "-tr nnUNetTrainerH2ASeg"
+    configuration, trainer = spec.configuration, f"-tr {spec.trainer}"
+    only = f" -c {configuration}" if configuration == "2d" else ""
     commands = [
-        f"nnUNetv2_plan_and_preprocess -d {dataset_id} --verify_dataset_integrity{' --clean' if clean else ''}",
-        f"nnUNetv2_train {dataset_id} 3d_fullres 0 {trainer}    # {which}",
+        f"nnUNetv2_plan_and_preprocess -d {dataset_id}{only} --verify_dataset_integrity{' --clean' if clean else ''}",
+        f"nnUNetv2_train {dataset_id} {configuration} 0 {trainer}    # {which}",
     ]
     if has_test_cases:
         commands.append(
             f'nnUNetv2_predict -i "$nnUNet_raw/{dataset_name}/imagesTs" -o OUTPUT_FOLDER -d {dataset_id} '
-            f"-c 3d_fullres -f 0 {trainer}"
+            f"-c {configuration} -f 0 {trainer}"
         )
     return commands

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 
 # Corners of two grids that differ by less than this part of a voxel are rounding (NIfTI keeps affines as float32).
 SAME_GRID_VOXELS = 0.01
+LATTICE_VOXELS = 0.05
 AXIS_TOLERANCE = 1e-4
 FILL_CT = -1024.0
 FILL_PET = 0.0
@@ -29,6 +30,40 @@ def same_grid(first: sitk.Image, second: sitk.Image) -> bool:
         return False
     apart = np.abs(corners(first) - corners(second)).max()
     return bool(apart <= SAME_GRID_VOXELS * min(*first.GetSpacing(), *second.GetSpacing()))
+
+
+def same_lattice(first: sitk.Image, second: sitk.Image) -> bool:
+    """True where the voxels of both images lie on one lattice, though one may have more of them (to 5 % of a voxel)."""
+    if not np.allclose(first.GetDirection(), second.GetDirection(), rtol=0, atol=1e-3):
+        return False
+    drift = np.abs(np.array(first.GetSpacing()) - np.array(second.GetSpacing())) * np.array(first.GetSize())
+    if (drift > LATTICE_VOXELS * np.array(second.GetSpacing())).any():
+        return False
+    offset = np.array(second.TransformPhysicalPointToContinuousIndex(first.GetOrigin()))
+    return bool(np.abs(offset - offset.round()).max() <= LATTICE_VOXELS)
+
+
+def overlap(grid: sitk.Image, image: sitk.Image) -> float:
+    """Return which part of a grid's box lies within another image's box, 0 to 1, to about 1 %."""
+    axes = [np.unique(np.linspace(0, size - 1, 24).round()) for size in grid.GetSize()]
+    points = np.stack(np.meshgrid(*axes, indexing="ij"), axis=-1).reshape(-1, 3)
+    return fraction_inside(points, grid, image)
+
+
+def describe_difference(image: sitk.Image, other: sitk.Image) -> str:
+    """Return in words what differs between two grids: size, spacing, direction or position."""
+    sizes = image.GetSize(), other.GetSize()
+    if sizes[0] != sizes[1]:
+        return f"size {sizes[0]} and {sizes[1]}"
+    for name, values in (
+        ("spacing", (image.GetSpacing(), other.GetSpacing())),
+        ("direction", (image.GetDirection(), other.GetDirection())),
+        ("origin", (image.GetOrigin(), other.GetOrigin())),
+    ):
+        if not np.allclose(*values, rtol=1e-3, atol=1e-3):
+            first, second = (tuple(round(value, 4) for value in item) for item in values)
+            return f"{name} {first} and {second}"
+    return "corners that differ"
 
 
 def onto_grid(image: sitk.Image, reference: sitk.Image, fill: float, nearest: bool = False) -> tuple[sitk.Image, bool]:

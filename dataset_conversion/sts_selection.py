@@ -14,12 +14,12 @@ from typing import Any
 
 import numpy as np
 
-from dataset_conversion.dicom_series import DicomFile, ImageSeries, SliceStack, group_series, read_stack
+from dataset_conversion.dicom_series import DicomFile, ImageSeries, SliceStack, group_series
 from dataset_conversion.errors import ConversionError
 from dataset_conversion.rtstruct import Roi, StructureSet, plane_deviation, read_structure_set
+from dataset_conversion.series_choice import SPOKEN, Stacks, check_frames, corrected_pet
 
 _GRID_MODALITY = {"ct": "CT", "pet": "PT"}
-_SPOKEN = {"CT": "CT", "PT": "PET", "MR": "MR"}
 # Registered MR copies are called RTstructAlignedT1toPET (also "Alligned", "AlignedTtoPET", "T!"): MR, not PET.
 _MR_NAME = re.compile(r"all?igned|(?<![a-z])t[12!](?![0-9])|stir|flair|(?<![a-z])mri?(?![a-z])")
 _CT_NAME = re.compile(r"(?<![a-z])ct")
@@ -94,7 +94,7 @@ class Selection:
                 "file": self.structure.path,
                 "description": self.structure.description,
                 "rois": [roi.name for roi in self.rois],
-                "drawn_on": _SPOKEN[self.label_stack.series.modality],
+                "drawn_on": SPOKEN[self.label_stack.series.modality],
             },
         }
 
@@ -151,46 +151,6 @@ def modality_in_name(text: str) -> str | None:
     return None if is_ct == is_pet else ("CT" if is_ct else "PT")
 
 
-class _Stacks:
-    """Measures series on demand, once."""
-
-    def __init__(self) -> None:
-        self._known: dict[tuple[str, str], SliceStack | ConversionError] = {}
-
-    def __call__(self, series: ImageSeries) -> SliceStack:
-        key = (series.modality, series.uid)
-        if key not in self._known:
-            try:
-                self._known[key] = read_stack(series)
-            except ConversionError as error:
-                self._known[key] = error
-        known = self._known[key]
-        if isinstance(known, ConversionError):
-            raise known
-        return known
-
-    def measurable(self, candidates: Sequence[ImageSeries], notes: list[str]) -> list[ImageSeries]:
-        """Return the candidates that are volumes: a scout or a screenshot beside them must not refuse the patient.
-
-        Raises:
-            ConversionError: none of them is.
-        """
-        kept, faults = [], []
-        for item in candidates:
-            try:
-                self(item)
-                kept.append(item)
-            except ConversionError as error:
-                faults.append((item, error))
-        if faults and not kept:
-            raise faults[0][1]
-        for item, error in faults:
-            note = f"{item} was not considered: {error.what.replace(str(item), 'it')}"
-            if note not in notes:
-                notes.append(note)
-        return kept
-
-
 def select(patient: PatientFiles, grid: str, wanted_rois: Sequence[str] = ()) -> Selection:
     """Choose CT, PET and contours for the grid ``ct`` or ``pet``.
 
@@ -198,16 +158,16 @@ def select(patient: PatientFiles, grid: str, wanted_rois: Sequence[str] = ()) ->
         ConversionError: something is missing or ambiguous.
     """
     notes: list[str] = []
-    series = _usable_series(patient, notes)
+    series = corrected_pet(patient.series, notes)
     for modality in ("CT", "PT"):
         if not any(item.modality == modality for item in series):
             raise ConversionError(
-                f"has no {_SPOKEN[modality]} series here",
+                f"has no {SPOKEN[modality]} series here",
                 "give -i a folder that holds the patient's CT, PET and RTSTRUCT",
             )
     if not patient.structures:
         raise ConversionError("has no RTSTRUCT, so no tumour contours", "restore its file")
-    stacks = _Stacks()
+    stacks = Stacks()
     wanted = _GRID_MODALITY[grid]
     drawings = _drawings(patient, series, wanted, wanted_rois, stacks, notes)
     here = [drawing for drawing in drawings if drawing.series.modality == wanted]
@@ -226,7 +186,7 @@ def select(patient: PatientFiles, grid: str, wanted_rois: Sequence[str] = ()) ->
     for name, taken in chosen.items():
         others = [item for item in series if item.modality == name and item.uid != taken.uid]
         if others and not any(str(taken) in note for note in notes):
-            notes.append(f"of {len(others) + 1} {_SPOKEN[name]} series {taken} was taken, the contoured one")
+            notes.append(f"of {len(others) + 1} {SPOKEN[name]} series {taken} was taken, the contoured one")
     selection = Selection(
         ct=stacks(chosen["CT"]),
         pet=stacks(chosen["PT"]),
@@ -235,24 +195,8 @@ def select(patient: PatientFiles, grid: str, wanted_rois: Sequence[str] = ()) ->
         label_stack=stacks(drawing.series),
         notes=notes,
     )
-    _check_frames(selection)
+    check_frames(selection.ct.series, selection.pet.series, notes)
     return selection
-
-
-def _usable_series(patient: PatientFiles, notes: list[str]) -> list[ImageSeries]:
-    """Return CT and PET series, without PET that is not attenuation-corrected where there is PET that is."""
-    corrected = {
-        item.uid
-        for item in patient.series
-        if item.modality == "PT" and all("ATTN" in (word.upper() for word in f.corrections) for f in item.files)
-    }
-    usable = []
-    for item in patient.series:
-        if item.modality == "PT" and corrected and item.uid not in corrected:
-            notes.append(f"{item} was left out: not attenuation-corrected, unlike another PET series")
-        else:
-            usable.append(item)
-    return usable
 
 
 def _only(drawings: Sequence[_Drawing]) -> _Drawing:
@@ -261,7 +205,7 @@ def _only(drawings: Sequence[_Drawing]) -> _Drawing:
         drawings = [item for item in drawings if not item.named_mr] or drawings
     if len(drawings) > 1:
         files = ", ".join(item.structure.path for item in drawings)
-        spoken = _SPOKEN[drawings[0].series.modality]
+        spoken = SPOKEN[drawings[0].series.modality]
         raise ConversionError(
             f"has {len(drawings)} RTSTRUCTs of the tumour on its {spoken}: {files}", "keep the one that counts"
         )
@@ -273,7 +217,7 @@ def _drawings(
     series: Sequence[ImageSeries],
     wanted: str,
     wanted_rois: Sequence[str],
-    stacks: _Stacks,
+    stacks: Stacks,
     notes: list[str],
 ) -> list[_Drawing]:
     """Return the RTSTRUCTs with a tumour ROI on CT or PET, or raise with the reason why there is none."""
@@ -342,7 +286,7 @@ def _place(
     patient: PatientFiles,
     series: Sequence[ImageSeries],
     wanted: str,
-    stacks: _Stacks,
+    stacks: Stacks,
     notes: list[str],
 ) -> _Drawing | str:
     """Return the series a tumour was drawn on, or the reason why that cannot be told.
@@ -378,7 +322,7 @@ def _place(
     preferred = [item for item in level if item.modality == wanted] or level
     if len(preferred) > 1:
         return f"names slices that are not there, and its planes fit {len(preferred)} series"
-    basis = f"{_SPOKEN[named]} in its names" if named else "coinciding planes"
+    basis = f"{SPOKEN[named]} in its names" if named else "coinciding planes"
     how = (
         f"{structure} names slices that are not there; it was matched to {preferred[0]} by {basis} and frame of "
         "reference"
@@ -386,11 +330,11 @@ def _place(
     return _Drawing(structure, rois, preferred[0], how, named_mr)
 
 
-def _companion(candidates: Sequence[ImageSeries], drawing: _Drawing, stacks: _Stacks, notes: list[str]) -> ImageSeries:
+def _companion(candidates: Sequence[ImageSeries], drawing: _Drawing, stacks: Stacks, notes: list[str]) -> ImageSeries:
     """Return the other modality's series that belongs to the contoured one."""
     if len(candidates) == 1:
         return candidates[0]
-    spoken = _SPOKEN[candidates[0].modality]
+    spoken = SPOKEN[candidates[0].modality]
     candidates = stacks.measurable(candidates, notes)
     if len(candidates) == 1:
         return candidates[0]
@@ -422,18 +366,3 @@ def _covers(stack: SliceStack, rois: Sequence[Roi]) -> bool:
     low = np.array([-0.5, -0.5, -0.5 * stack.spacing[2]])
     high = np.array([stack.size[0] - 0.5, stack.size[1] - 0.5, stack.distances[-1] + 0.5 * stack.spacing[2]])
     return bool(((index >= low) & (index <= high)).all())
-
-
-def _check_frames(selection: Selection) -> None:
-    ct, pet = selection.ct.series, selection.pet.series
-    if ct.frame_of_reference and ct.frame_of_reference == pet.frame_of_reference:
-        return
-    if ct.study_uid != pet.study_uid:
-        raise ConversionError(
-            f"{ct} and {pet} are of different studies and share no frame of reference",
-            "register them first, or give the CT and PET of one examination",
-            ct.folder,
-        )
-    selection.notes.append(
-        "CT and PET share no frame of reference; as they are of one study, their positions were taken as comparable"
-    )

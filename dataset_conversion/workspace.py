@@ -12,18 +12,19 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import nnunet_h2a
 from dataset_conversion.cases import Case, Discovery, Outcome, Recipe
 from dataset_conversion.errors import UsageError
-from dataset_conversion.raw_dataset import FILE_ENDING, make_splits, to_text
+from dataset_conversion.raw_dataset import to_bytes
+from dataset_conversion.splits import Fold
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 # To be raised with every change of what is selected from the same files or of what is written for them.
-RULES_VERSION = 2
+RULES_VERSION = 3
 REPORT = "conversion_report.json"
 CASE_FILE = "case.json"
 DATASET_JSON = "dataset.json"
@@ -75,13 +76,14 @@ def fingerprint(case: Case, recipe: Recipe, source: Path) -> str:
         status = os.stat(path)
         files.append([os.path.relpath(path, source), status.st_size, status.st_mtime_ns])
     code = [FORMAT_VERSION, RULES_VERSION, nnunet_h2a.__version__]
-    content = [code, recipe.command, dict(recipe.options), case.case_id, case.patient, case.variant, files]
+    settings = [recipe.command, dict(recipe.options), recipe.link, recipe.spec.file_ending]
+    content = [code, *settings, case.case_id, case.patient, case.variant, case.labelled, files]
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def _load_json(path: Path) -> Any:
     try:
-        return json.loads(path.read_text())
+        return json.loads(path.read_bytes())
     except (OSError, ValueError):
         return None
 
@@ -115,11 +117,16 @@ def published_records(dataset: Path, recipe: Recipe, discovery: Discovery) -> di
     return records
 
 
+def _kind(name: str, case_id: str) -> str:
+    """Return whether nnU-Net keeps a case's file among images or labels: only images have a channel number."""
+    return "labels" if name.split(".")[0] == case_id else "images"
+
+
 def _case_files(folder: Path, record: Mapping[str, Any]) -> dict[str, Path] | None:
     """Return name -> path of a record's files in ``folder`` or nnU-Net's folders below it; None if one is missing."""
     found = {}
     for name, size in record["files"].items():
-        kind = "labels" if name == f"{record['case_id']}{FILE_ENDING}" else "images"
+        kind = _kind(name, record["case_id"])
         for path in (folder / name, folder / f"{kind}Tr" / name, folder / f"{kind}Ts" / name):
             if path.is_file() and path.stat().st_size == size:
                 found[name] = path
@@ -143,8 +150,11 @@ def finished_case(
 
 
 def _link(source: Path, target: Path) -> None:
-    """Hard-link, or copy where the file system has no links."""
+    """Hard-link, or copy where the file system has no links; a symbolic link stays one."""
     target.parent.mkdir(parents=True, exist_ok=True)
+    if source.is_symlink():
+        os.symlink(os.readlink(source), target)
+        return
     try:
         os.link(source, target)
     except OSError:
@@ -161,8 +171,9 @@ def publish(
     discovery: Discovery,
     workspace: Path,
     outcome: Outcome,
+    folds_of: Callable[[Sequence[Case]], list[Fold]],
 ) -> None:
-    """Put the dataset folder together in the workspace and swap it in."""
+    """Put the dataset folder together in the workspace and swap it in; ``folds_of`` divides the training cases."""
     dataset, new = outcome.dataset, workspace / "dataset"
     shutil.rmtree(new, ignore_errors=True)
     records: dict[str, dict[str, Any]] = {}
@@ -176,10 +187,9 @@ def publish(
         outcome.notes[case.case_id] = list(record.get("warnings", ()))
         suffix = "Ts" if case.case_id in test_ids else "Tr"
         for name, path in files.items():
-            kind = "labels" if name == f"{case.case_id}{FILE_ENDING}" else "images"
-            _link(path, new / f"{kind}{suffix}" / name)
-    training = {case.case_id: case.patient for case in cases if case.case_id not in test_ids}
-    outcome.splits = make_splits(training)
+            _link(path, new / f"{_kind(name, case.case_id)}{suffix}" / name)
+    training = [case for case in cases if case.case_id not in test_ids]
+    outcome.splits = folds_of(training)
     name = dataset.name.split("_", 1)[1]
     report = {
         "command": recipe.command,
@@ -187,6 +197,7 @@ def publish(
         "version": nnunet_h2a.__version__,
         "source": str(source.absolute()),
         "options": dict(recipe.options),
+        "splits": recipe.splits,
         "cases": records,
         "refused": [
             {"subject": item.subject, "what": item.what, "remedy": item.remedy, "file": item.file}
@@ -194,10 +205,12 @@ def publish(
         ],
         "passed_over": discovery.passed_over,
     }
-    content, outcome.edits = _with_edits(recipe.spec.to_json(name, len(training)), dataset / DATASET_JSON)
-    (new / DATASET_JSON).write_text(to_text(content))
-    (new / "splits_final.json").write_text(to_text(outcome.splits))
-    (new / REPORT).write_text(to_text(report))
+    content = recipe.spec.to_json(name, [case.case_id for case in training])
+    content, outcome.edits = _with_edits(content, dataset / DATASET_JSON, recipe.keep_channel_names)
+    report["channel_names"] = list(content["channel_names"].values())
+    (new / DATASET_JSON).write_bytes(to_bytes(content))
+    (new / "splits_final.json").write_bytes(to_bytes(outcome.splits))
+    (new / REPORT).write_bytes(to_bytes(report))
     _carry_over(dataset, new, published)
     old = workspace / "old"
     if dataset.exists():
@@ -206,7 +219,7 @@ def publish(
     shutil.rmtree(old, ignore_errors=True)
 
 
-def _with_edits(content: dict[str, Any], published: Path) -> tuple[dict[str, Any], list[str]]:
+def _with_edits(content: dict[str, Any], published: Path, keep_names: bool) -> tuple[dict[str, Any], list[str]]:
     """Return dataset.json with the channel names of an earlier one, which users may change, and lines on all edits."""
     if not published.exists():
         return content, []
@@ -215,10 +228,13 @@ def _with_edits(content: dict[str, Any], published: Path) -> tuple[dict[str, Any
         return content, ["cannot be read as JSON and was written anew; edits, if any, must be made again"]
     lines = []
     names = old.get("channel_names")
-    if names != content["channel_names"] and isinstance(names, dict) and set(names) == set(content["channel_names"]):
+    same_channels = isinstance(names, dict) and set(names) == set(content["channel_names"])
+    if not keep_names:
+        old.pop("channel_names", None)
+    elif names != content["channel_names"] and same_channels:
         content = {**content, "channel_names": names}
         lines.append(f"channel_names {names} of the earlier dataset.json were kept")
-    own = {"numTraining"}
+    own = {"numTraining", "dataset"} | (set() if keep_names else {"channel_names"})
     lost = sorted(key for key in {*old, *content} - own if old.get(key) != content.get(key))
     if lost:
         lines.append(f"differed from what was written now in {', '.join(lost)}; edits there must be made again")

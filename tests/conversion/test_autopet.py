@@ -204,3 +204,87 @@ def test_cut_off_file_is_refused_without_traceback(
     error = capfd.readouterr().err
     assert f"{name}.nii.gz" in error
     assert "Traceback" not in error
+
+
+@pytest.mark.parametrize(
+    ("change", "what"),
+    [
+        (lambda seg: seg.SetSpacing((4.0, 4.0, 3.0)), "spacing"),
+        (lambda seg: seg.SetOrigin((-19.0, 30.0, -400.0)), "origin"),
+        (lambda seg: seg.SetDirection((1.0, 0, 0, 0, 1.0, 0, 0, 0, 1.0)), "direction"),
+    ],
+    ids=["spacing", "half a voxel beside", "mirrored"],
+)
+def test_a_mask_on_another_grid_is_refused(raw, tmp_path, capsys, change, what):
+    """Never resampled: autoPET's masks are on the PET's grid, so that the header or the file is wrong."""
+    seg = image(np.zeros((10, 14, 16), np.uint8), (2.0, 2.0, 3.0))
+    seg[6, 5, 4] = 1
+    change(seg)
+    write_study(tmp_path / "r", HEXES[0], SEG=seg)
+    assert convert(tmp_path / "r") == 2
+    error = capsys.readouterr().err
+    assert f"SEG.nii.gz: is on another grid than its PET ({what}" in error
+
+
+def test_lesions_outside_the_pet_are_refused(raw, tmp_path, capsys):
+    seg = np.zeros((12, 14, 16), np.uint8)
+    seg[11, 5, 5] = 1
+    write_study(tmp_path / "r", HEXES[0], SEG=image(seg, (2.0, 2.0, 3.0)))
+    assert convert(tmp_path / "r") == 2
+    assert "SEG.nii.gz: has lesions outside its PET" in capsys.readouterr().err
+
+
+def test_ct_and_pet_at_different_places(raw, tmp_path, capsys):
+    ct = image(np.full((10, 14, 16), -500, np.float32), (2.0, 2.0, 3.0))
+    ct.SetOrigin((2000.0, 0.0, 0.0))
+    write_study(tmp_path / "r", HEXES[0], CTres=ct)
+    assert convert(tmp_path / "r") == 2
+    assert "CT and PET lie at different places" in capsys.readouterr().err
+
+
+def test_six_two_two(raw, tmp_path):
+    """--splits 622: 60 % training, 20 % validation and 20 % test of the patients, studies of a patient together."""
+    for index in range(10):
+        write_study(tmp_path / "r", f"{index:010d}")
+    write_study(tmp_path / "r", f"{0:010d}", date="08-01-2004")
+    assert convert(tmp_path / "r", "--splits", "622") == 0
+    (fold,) = json.loads((raw / DATASET / "splits_final.json").read_text())
+    test = {path.name.removesuffix(".nii.gz") for path in (raw / DATASET / "labelsTs").iterdir()}
+    patients = [{name.split("_")[1] for name in part} for part in (fold["train"], fold["val"], test)]
+    assert [len(part) for part in patients] == [6, 2, 2]
+    assert len(set.union(*patients)) == 10
+    trained = {path.name.removesuffix(".nii.gz") for path in (raw / DATASET / "labelsTr").iterdir()}
+    assert trained == set(fold["train"]) | set(fold["val"])
+
+
+@pytest.mark.parametrize(("choice", "name"), [("zscore", "PET"), ("ct", "CT"), ("suv", "noNorm")])
+def test_pet_normalization(raw, release, choice, name):
+    from nnunetv2.preprocessing.normalization.map_channel_name_to_normalization import get_normalization_scheme
+
+    assert convert(release, "--pet-normalization", choice) == 0
+    content = json.loads((raw / DATASET / "dataset.json").read_text())
+    assert content["channel_names"] == {"0": "CT", "1": name}
+    assert content["h2a_modalities"] == ["CT", "PET"]
+    expected = {"zscore": "ZScoreNormalization", "ct": "CTNormalization", "suv": "NoNormalization"}[choice]
+    assert get_normalization_scheme(name).__name__ == expected
+    # Chosen once, it stays until chosen otherwise, and changing it converts nothing again.
+    before = {path: path.stat().st_mtime_ns for path in (raw / DATASET).rglob("*.nii.gz")}
+    assert convert(release) == 0
+    assert json.loads((raw / DATASET / "dataset.json").read_text())["channel_names"]["1"] == name
+    assert convert(release, "--pet-normalization", "zscore") == 0
+    assert json.loads((raw / DATASET / "dataset.json").read_text())["channel_names"]["1"] == "PET"
+    assert {path: path.stat().st_mtime_ns for path in (raw / DATASET).rglob("*.nii.gz")} == before
+
+
+@pytest.mark.parametrize("link", ["copy", "hard", "soft"])
+def test_links(raw, release, link):
+    assert convert(release, "--link", link) == 0
+    study = next((release / "FDG-PET-CT-Lesions" / f"PETCT_{HEXES[1]}").iterdir())
+    written = raw / DATASET / "imagesTr" / f"fdg_{HEXES[1]}_20030323_0001.nii.gz"
+    assert written.read_bytes() == (study / "SUV.nii.gz").read_bytes()
+    assert written.is_symlink() == (link == "soft")
+    assert written.samefile(study / "SUV.nii.gz") == (link != "copy")
+    # A second run keeps them as they are.
+    assert convert(release, "--link", link) == 0
+    assert written.is_symlink() == (link == "soft")
+    assert written.samefile(study / "SUV.nii.gz") == (link != "copy")

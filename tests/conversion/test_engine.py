@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dataset_conversion.raw_dataset import make_splits
+from dataset_conversion.splits import make_splits
 from dataset_conversion.sts import main
 from tests.conversion.synthetic_dicom import Patient, write_series
 

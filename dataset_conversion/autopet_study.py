@@ -1,0 +1,182 @@
+"""What the three forms of autoPET share: a study found on disk, and writing its volumes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from dataset_conversion.autopet_names import StudyName
+from dataset_conversion.cases import CaseWriter
+from dataset_conversion.errors import ConversionError
+
+if TYPE_CHECKING:
+    import SimpleITK as sitk
+
+_PIXEL_TYPES_AS_THEY_ARE = ("32-bit float", "64-bit float", "16-bit signed integer", "32-bit signed integer")
+
+
+@dataclass(frozen=True)
+class Study:
+    """A study as found; the forms add how it is read.
+
+    Attributes:
+        name: what it is called.
+        folder: where its files are; ``place`` the same relative to the source, for the report.
+        files: its files.
+        orientation: direction of the axes its volumes are turned to.
+        labelled: False for test images whose labels are not public.
+        is_test: True where the release has it among its test images.
+        released_as: identifier in the release's own list of folds.
+        fault: why it cannot be converted, where that shows at once.
+    """
+
+    name: StudyName
+    folder: str
+    files: tuple[str, ...] = ()
+    place: str = ""
+    orientation: str = "LPS"
+    labelled: bool = True
+    is_test: bool = False
+    released_as: str = ""
+    fault: ConversionError | None = None
+
+    def has_lesions(self) -> bool:
+        """True where the label has a voxel that is not 0."""
+        raise NotImplementedError
+
+    def describe(self, options: Mapping[str, Any]) -> str:
+        """Return what would be converted from which files."""
+        raise NotImplementedError
+
+    def convert(self, options: Mapping[str, Any], writer: CaseWriter) -> dict[str, Any]:
+        """Write the study's volumes and return the record for the report."""
+        raise NotImplementedError
+
+
+@dataclass
+class Volume:
+    """One of a study's volumes.
+
+    Attributes:
+        image: the volume.
+        path: the file it is in, ``""`` where it was put together from several.
+        as_it_is: False where the file's values must not be taken over as they are.
+    """
+
+    image: sitk.Image
+    path: str = ""
+    as_it_is: bool = True
+
+
+def lesion_label(label: sitk.Image, path: str, warnings: list[str]) -> tuple[sitk.Image, bool]:
+    """Return a label map of 0 and 1, uint8, and whether it had these values already.
+
+    Raises:
+        ConversionError: it holds other values than 0 and one more.
+    """
+    import numpy as np
+    import SimpleITK as sitk
+
+    values = sorted(np.unique(sitk.GetArrayViewFromImage(label)).tolist())
+    if values not in ([0], [1], [0, 1]):
+        if len(values) > 2 or 0 not in values:
+            shown = ", ".join(f"{value:g}" for value in values[:5])
+            raise ConversionError(f"holds label values {shown}", "0 and 1 are expected", path)
+        warnings.append(f"lesions have the value {values[1]:g} in the label; written as 1")
+    fits = values in ([0], [1], [0, 1])
+    return sitk.Cast(label != 0, sitk.sitkUInt8), fits and "integer" in label.GetPixelIDTypeAsString()
+
+
+def write_volumes(
+    ct: Volume, pet: Volume, label: Volume | None, grid: str, orientation: str, writer: CaseWriter, warnings: list[str]
+) -> dict[str, Any]:
+    """Bring the volumes onto one grid and write them; files that fit are taken over as they are.
+
+    Args:
+        ct, pet: in HU and SUVbw.
+        label: 0 and 1, or None where there is none.
+        grid: ``ct`` or ``pet``.
+        orientation: what the axes are turned to.
+        writer: of the case.
+        warnings: what was noted so far; more is added.
+
+    Returns:
+        Geometry before and after, what was resampled, and figures of the result.
+
+    Raises:
+        ConversionError: the volumes do not cover one another.
+    """
+    import numpy as np
+    import SimpleITK as sitk
+
+    from dataset_conversion import resampling
+
+    reference = ct if grid == "ct" else pet
+    inputs = {"CT": (ct, resampling.FILL_CT), "PET": (pet, resampling.FILL_PET)}
+    if label is not None:
+        inputs["label"] = (label, 0.0)
+    before = {name: resampling.grid_record(volume.image) for name, (volume, _) in inputs.items()}
+    other, spoken = (pet, "PET") if grid == "ct" else (ct, "CT")
+    covered = resampling.overlap(reference.image, other.image)
+    if covered == 0.0:
+        what = "CT and PET lie at different places: they share no part"
+        raise ConversionError(what, "check their geometry, or whether they are of one patient", other.path or None)
+    if covered < 0.99:
+        warnings.append(f"the {spoken} covers {covered:.1%} of the {grid.upper()} grid; it is filled elsewhere")
+    resampled: dict[str, bool] = {}
+    final: dict[str, sitk.Image] = {}
+    for channel, (name, (volume, fill)) in zip((0, 1, None), inputs.items(), strict=False):
+        same = resampling.same_grid(volume.image, reference.image)
+        resampled[name] = not same
+        if same and volume.as_it_is and volume.path.endswith(".nii.gz") and _readable(volume.image, name):
+            if resampling.orientation_code(volume.image) == orientation:
+                writer.take(volume.path, channel)
+                final[name] = volume.image
+                continue
+        nearest = name == "label"
+        moving = volume.image if nearest else sitk.Cast(volume.image, sitk.sitkFloat32)
+        moved = resampling.onto_grid(moving, reference.image, fill, nearest)[0]
+        final[name] = resampling.oriented(moved, orientation)
+        if nearest:
+            writer.label(final[name])
+        else:
+            writer.image(channel, final[name])
+    record = {
+        "geometry_before": before,
+        "geometry_after": resampling.grid_record(final["PET"]),
+        "resampled": resampled,
+        "highest_suv": round(float(sitk.GetArrayViewFromImage(final["PET"]).max()), 4),
+    }
+    if label is not None:
+        lesion = int(np.count_nonzero(sitk.GetArrayViewFromImage(final["label"])))
+        if not lesion and np.any(sitk.GetArrayViewFromImage(label.image)):
+            what = "its lesions lie outside the images"
+            raise ConversionError(what, "check the geometry", label.path or None)
+        record["tumour_voxels"] = lesion
+        record["tumour_ml"] = round(lesion * float(np.prod(reference.image.GetSpacing())) / 1000.0, 3)
+    warnings += [f"{name} was resampled to the {grid.upper()} grid" for name, moved in resampled.items() if moved]
+    return {**record, "warnings": warnings}
+
+
+def _readable(image: sitk.Image, name: str) -> bool:
+    """True for pixel types that nnU-Net reads as they are."""
+    kind = image.GetPixelIDTypeAsString()
+    return "integer" in kind if name == "label" else kind in _PIXEL_TYPES_AS_THEY_ARE
+
+
+def usual_orientation(paths: Sequence[str]) -> str:
+    """Return the orientation most files have: nnU-Net ignores directions, and files that fit are kept as they are."""
+    from collections import Counter
+
+    from dataset_conversion import resampling
+    from dataset_conversion.nifti import read_header
+
+    counts: Counter[str] = Counter()
+    for path in paths:
+        try:
+            counts[resampling.orientation_code(read_header(path))] += 1
+        except ConversionError:
+            # Reported with its reason when the case is converted.
+            continue
+    return max(sorted(counts), key=lambda code: counts[code]) if counts else "LPS"

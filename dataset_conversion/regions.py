@@ -1,0 +1,132 @@
+"""Axis-parallel boxes in the patient's coordinates, and the parts of grids inside them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from dataset_conversion import resampling
+from dataset_conversion.errors import ConversionError
+
+if TYPE_CHECKING:
+    import SimpleITK as sitk
+
+#: Head-and-neck box in mm, x, y, z: what holds skull base to clavicle, and the winners of 2022 used.
+HEAD_NECK_MM = (200.0, 200.0, 310.0)
+_BRAIN_SUV = 3.0
+_BRAIN_ML = 200.0
+_BODY_SUV = 0.4
+_BODY_ML_PER_MM = 2.0
+_ABOVE_BRAIN_MM = 10.0
+_WORKING_MM = 4.0
+
+
+def extent(image: sitk.Image) -> np.ndarray:
+    """Return the box of an image, voxels' edges included: shape (2, 3), lowest and highest x, y, z in mm, LPS.
+
+    Raises:
+        ConversionError: the axes are oblique, so that boxes do not fit.
+    """
+    if resampling.is_oblique(image):
+        raise ConversionError("the grid is oblique to the patient's axes", "use --crop none and no --spacing")
+    points = resampling.corners(image)
+    steps = np.abs(np.array(image.GetDirection()).reshape(3, 3)) @ np.array(image.GetSpacing())
+    return np.stack([points.min(axis=0) - steps / 2, points.max(axis=0) + steps / 2])
+
+
+def intersection(first: np.ndarray, second: np.ndarray) -> np.ndarray:
+    """Return the box common to two boxes; where there is none, its highest corner is below its lowest."""
+    return np.stack([np.maximum(first[0], second[0]), np.minimum(first[1], second[1])])
+
+
+def cropped(image: sitk.Image, box: np.ndarray) -> sitk.Image:
+    """Return the part of an image whose voxel centres lie in a box.
+
+    Raises:
+        ConversionError: none does.
+    """
+    import SimpleITK as sitk
+
+    extent(image)
+    index = np.array([image.TransformPhysicalPointToContinuousIndex(corner.tolist()) for corner in box])
+    low = np.maximum(np.ceil(index.min(axis=0) - 1e-6), 0).astype(int)
+    high = np.minimum(np.floor(index.max(axis=0) + 1e-6), np.array(image.GetSize()) - 1).astype(int)
+    if (high < low).any():
+        raise ConversionError("no voxel lies in the box it is to be cropped to", "check the box and the geometry")
+    return sitk.RegionOfInterest(image, (high - low + 1).tolist(), low.tolist())
+
+
+def grid_of(box: np.ndarray, spacing: tuple[float, float, float]) -> sitk.Image:
+    """Return an empty image (uint8) of a spacing whose voxels fill a box, axes along the patient's (LPS)."""
+    import SimpleITK as sitk
+
+    step = np.array(spacing)
+    size = np.maximum(np.round((box[1] - box[0]) / step), 1).astype(int)
+    grid = sitk.Image(*size.tolist(), sitk.sitkUInt8)
+    grid.SetSpacing(step.tolist())
+    grid.SetOrigin(((box[0] + box[1]) / 2 - (size - 1) / 2 * step).tolist())
+    return grid
+
+
+def head_and_neck(pet: sitk.Image) -> tuple[np.ndarray, str]:
+    """Find head and neck in a PET: from the top of the brain down, centred on it.
+
+    The brain is the uppermost connected volume of at least 200 ml with SUV of 3 or more. Where there is none (a field
+    of view that begins below it, another tracer) the uppermost part of the body (SUV of 0.4 or more) takes its place.
+
+    Args:
+        pet: SUV.
+
+    Returns:
+        The box, shape (2, 3), mm, LPS, 200 x 200 x 310 mm; and in words what it was found by.
+
+    Raises:
+        ConversionError: nothing in the image takes up tracer.
+    """
+    import SimpleITK as sitk
+
+    box = extent(pet)
+    smooth = sitk.Resample(
+        sitk.Cast(pet, sitk.sitkFloat32), grid_of(box, (_WORKING_MM,) * 3), sitk.Transform(), sitk.sitkLinear, 0.0
+    )
+    values = sitk.GetArrayFromImage(smooth)
+    found = _uppermost(values >= _BRAIN_SUV, _BRAIN_ML * 1000.0 / _WORKING_MM**3)
+    how = "the brain"
+    if found is None:
+        how = "the top of the body (no brain was found)"
+        found = _top_of_body(values >= _BODY_SUV)
+    if found is None:
+        raise ConversionError("its PET shows no body", "check its values: SUV is expected", None)
+    x, y, top = smooth.TransformContinuousIndexToPhysicalPoint(found)
+    half = np.array(HEAD_NECK_MM[:2]) / 2
+    high = top + _ABOVE_BRAIN_MM + _WORKING_MM / 2
+    return np.array([[x - half[0], y - half[1], high - HEAD_NECK_MM[2]], [x + half[0], y + half[1], high]]), how
+
+
+def _uppermost(mask: np.ndarray, voxels: float) -> tuple[float, float, float] | None:
+    """Return centre x and y and highest z (indices) of the component that reaches highest, of those large enough."""
+    import cc3d
+
+    labels = cc3d.connected_components(mask, connectivity=6)
+    statistics = cc3d.statistics(labels)
+    best = None
+    for label in range(1, len(statistics["voxel_counts"])):
+        if statistics["voxel_counts"][label] < voxels:
+            continue
+        top = float(statistics["bounding_boxes"][label][0].stop - 1)
+        if best is None or top > best[2]:
+            _, y, x = statistics["centroids"][label]
+            best = (float(x), float(y), top)
+    return best
+
+
+def _top_of_body(mask: np.ndarray) -> tuple[float, float, float] | None:
+    """Return centre x and y of the upper 200 mm of a body, and the height where it begins (indices)."""
+    filled = mask.sum(axis=(1, 2)) * _WORKING_MM**2 / 1000.0 >= _BODY_ML_PER_MM
+    if not filled.any():
+        return None
+    top = int(np.flatnonzero(filled).max())
+    upper = mask[max(0, top - int(200 / _WORKING_MM)) : top + 1]
+    _, y, x = np.argwhere(upper).mean(axis=0)
+    return float(x), float(y), float(top)
