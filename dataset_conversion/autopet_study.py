@@ -78,14 +78,19 @@ def lesion_label(label: sitk.Image, path: str, warnings: list[str]) -> tuple[sit
     import numpy as np
     import SimpleITK as sitk
 
-    values = sorted(np.unique(sitk.GetArrayViewFromImage(label)).tolist())
-    if values not in ([0], [1], [0, 1]):
-        if len(values) > 2 or 0 not in values:
-            shown = ", ".join(f"{value:g}" for value in values[:5])
-            raise ConversionError(f"holds label values {shown}", "0 and 1 are expected", path)
-        warnings.append(f"lesions have the value {values[1]:g} in the label; written as 1")
-    fits = values in ([0], [1], [0, 1])
-    return sitk.Cast(label != 0, sitk.sitkUInt8), fits and "integer" in label.GetPixelIDTypeAsString()
+    view = sitk.GetArrayViewFromImage(label)
+    highest = view.max()
+    set_voxels = np.count_nonzero(view)
+    # Passes over bytes; the full list of values (a sort or a table) only where it is to be shown.
+    several = set_voxels != (np.count_nonzero(view == highest) if highest else 0)
+    if several or (set_voxels == view.size and highest != 1):
+        values = np.unique(view).tolist()
+        shown = ", ".join(f"{value:g}" for value in values[:5])
+        raise ConversionError(f"holds label values {shown}", "0 and 1 are expected", path)
+    if highest not in (0, 1):
+        warnings.append(f"lesions have the value {highest:g} in the label; written as 1")
+        return sitk.Cast(label != 0, sitk.sitkUInt8), False
+    return sitk.Cast(label, sitk.sitkUInt8), "integer" in label.GetPixelIDTypeAsString()
 
 
 def write_volumes(
