@@ -140,8 +140,8 @@ def write_volumes(
                 final[name] = volume.image
                 continue
         nearest = name == "label"
-        moving = volume.image if nearest else sitk.Cast(volume.image, sitk.sitkFloat32)
-        moved = resampling.onto_grid(moving, reference.image, fill, nearest)[0]
+        kind = sitk.sitkUInt8 if nearest else sitk.sitkFloat32
+        moved = resampling.onto_grid(volume.image, reference.image, fill, nearest, kind)[0]
         final[name] = resampling.oriented(moved, orientation)
         if nearest:
             writer.label(final[name])

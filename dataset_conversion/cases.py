@@ -141,11 +141,10 @@ class CaseWriter:
         return self.folder / self._spec.image_name(self._case_id, channel)
 
     def _write(self, channel: int | None, image: sitk.Image, kind: int) -> None:
-        import SimpleITK as sitk
-
         from dataset_conversion.nifti import write_image
+        from dataset_conversion.resampling import as_type
 
-        write_image(image if image.GetPixelID() == kind else sitk.Cast(image, kind), str(self._path(channel)))
+        write_image(as_type(image, kind), str(self._path(channel)))
 
 
 def take_over(source: Path, target: Path, link: str) -> None:

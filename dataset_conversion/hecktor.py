@@ -143,8 +143,9 @@ def convert(case: Case, options: Mapping[str, Any], writer: CaseWriter) -> dict[
         if not resampled[name] and _as_it_is(image, files[name], name, orientation):
             writer.take(files[name], channel)
             continue
-        moving = sitk.Cast(image, sitk.sitkUInt8 if name == "label" else sitk.sitkFloat32)
-        moved = resampling.onto_grid(moving, reference, fill, nearest=name == "label")[0]
+        nearest = name == "label"
+        kind = sitk.sitkUInt8 if nearest else sitk.sitkFloat32
+        moved = resampling.onto_grid(image, reference, fill, nearest, kind)[0]
         moved = resampling.oriented(moved, orientation)
         if name == "label":
             writer.label(moved)

@@ -32,6 +32,13 @@ def same_grid(first: sitk.Image, second: sitk.Image) -> bool:
     return bool(apart <= SAME_GRID_VOXELS * min(*first.GetSpacing(), *second.GetSpacing()))
 
 
+def as_type(image: sitk.Image, kind: int) -> sitk.Image:
+    """Return the image with voxels of a SimpleITK pixel type; the same image where it has them already."""
+    import SimpleITK as sitk
+
+    return image if image.GetPixelID() == kind else sitk.Cast(image, kind)
+
+
 def same_lattice(first: sitk.Image, second: sitk.Image) -> bool:
     """True where the voxels of both images lie on one lattice, though one may have more of them (to 5 % of a voxel)."""
     if not np.allclose(first.GetDirection(), second.GetDirection(), rtol=0, atol=1e-3):
@@ -66,7 +73,9 @@ def describe_difference(image: sitk.Image, other: sitk.Image) -> str:
     return "corners that differ"
 
 
-def onto_grid(image: sitk.Image, reference: sitk.Image, fill: float, nearest: bool = False) -> tuple[sitk.Image, bool]:
+def onto_grid(
+    image: sitk.Image, reference: sitk.Image, fill: float, nearest: bool = False, kind: int | None = None
+) -> tuple[sitk.Image, bool]:
     """Return the image on the grid of ``reference``, and whether it had to be resampled.
 
     Args:
@@ -74,15 +83,17 @@ def onto_grid(image: sitk.Image, reference: sitk.Image, fill: float, nearest: bo
         reference: image whose grid is wanted.
         fill: value outside the image.
         nearest: nearest neighbour (masks) instead of linear interpolation.
+        kind: SimpleITK pixel type of the result; that of the image where None.
     """
     import SimpleITK as sitk
 
+    kind = image.GetPixelID() if kind is None else kind
     if same_grid(image, reference):
-        copy = sitk.Image(image)
+        copy = sitk.Image(as_type(image, kind))
         copy.CopyInformation(reference)
         return copy, False
     interpolator = sitk.sitkNearestNeighbor if nearest else sitk.sitkLinear
-    return sitk.Resample(image, reference, sitk.Transform(), interpolator, fill, image.GetPixelID()), True
+    return sitk.Resample(image, reference, sitk.Transform(), interpolator, fill, kind), True
 
 
 def orientation_code(image: sitk.Image) -> str:
@@ -106,11 +117,13 @@ def oriented(image: sitk.Image, code: str = "LPS") -> sitk.Image:
     """
     import SimpleITK as sitk
 
-    turned = sitk.DICOMOrient(image, code)
-    if not is_oblique(turned):
-        direction = np.array(turned.GetDirection()).round() + 0.0
-        turned.SetDirection(direction.tolist())
-    return turned
+    turned = image if orientation_code(image) == code else sitk.DICOMOrient(image, code)
+    direction = tuple((np.array(turned.GetDirection()).round() + 0.0).tolist())
+    if is_oblique(turned) or turned.GetDirection() == direction:
+        return turned
+    exact = sitk.Image(turned)
+    exact.SetDirection(direction)
+    return exact
 
 
 def grid_record(image: sitk.Image) -> dict[str, Any]:
