@@ -21,6 +21,7 @@ from dataset_conversion.autopet_study import Study
 from dataset_conversion.cases import Case, CaseWriter, Discovery, Recipe, Refusal
 from dataset_conversion.command import build_parser, execute
 from dataset_conversion.errors import ConversionError, UsageError
+from dataset_conversion.files import list_files
 from dataset_conversion.raw_dataset import DatasetSpec
 
 SPEC = DatasetSpec(
@@ -44,12 +45,7 @@ FORMS = {
 
 def discover(source: Path, options: Mapping[str, Any], progress: Callable[[], None]) -> Discovery:
     """Find the studies below ``source`` in whichever form they are."""
-    from dataset_conversion.dicom_series import iterate_files
-
-    paths = []
-    for path in iterate_files(source) if source.is_dir() else ():
-        progress()
-        paths.append(path)
+    paths = list_files(source, progress)
     discovery = Discovery()
     found = {name: form.find(paths, options, discovery, progress) for name, form in FORMS.items()}
     found = {name: studies for name, studies in found.items() if studies}

@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Any
 
 from dataset_conversion.autopet_names import of_file
 from dataset_conversion.autopet_release import check_mask_grid
-from dataset_conversion.autopet_study import Study, Volume, lesion_label, usual_orientation, write_volumes
+from dataset_conversion.autopet_study import Study, Volume, lesion_label, write_volumes
 from dataset_conversion.cases import CaseWriter, Discovery
 from dataset_conversion.errors import ConversionError
-from dataset_conversion.nifti import NIFTI_ENDINGS, ending_of
+from dataset_conversion.nifti import NIFTI_ENDINGS, ending_of, usual_orientation
 
 if TYPE_CHECKING:
     import SimpleITK as sitk

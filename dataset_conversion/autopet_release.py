@@ -8,9 +8,10 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from dataset_conversion.autopet_names import of_folder
-from dataset_conversion.autopet_study import Study, Volume, lesion_label, usual_orientation, write_volumes
+from dataset_conversion.autopet_study import Study, Volume, lesion_label, write_volumes
 from dataset_conversion.cases import CaseWriter, Discovery
 from dataset_conversion.errors import ConversionError
+from dataset_conversion.nifti import usual_orientation
 
 if TYPE_CHECKING:
     import SimpleITK as sitk

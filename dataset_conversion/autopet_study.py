@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -12,8 +12,6 @@ from dataset_conversion.errors import ConversionError
 
 if TYPE_CHECKING:
     import SimpleITK as sitk
-
-_PIXEL_TYPES_AS_THEY_ARE = ("32-bit float", "64-bit float", "16-bit signed integer", "32-bit signed integer")
 
 
 @dataclass(frozen=True)
@@ -116,6 +114,7 @@ def write_volumes(
     import SimpleITK as sitk
 
     from dataset_conversion import resampling
+    from dataset_conversion.nifti import fits_as_it_is
 
     reference = ct if grid == "ct" else pet
     inputs = {"CT": (ct, resampling.FILL_CT), "PET": (pet, resampling.FILL_PET)}
@@ -134,11 +133,11 @@ def write_volumes(
     for channel, (name, (volume, fill)) in zip((0, 1, None), inputs.items(), strict=False):
         same = resampling.same_grid(volume.image, reference.image)
         resampled[name] = not same
-        if same and volume.as_it_is and volume.path.endswith(".nii.gz") and _readable(volume.image, name):
-            if resampling.orientation_code(volume.image) == orientation:
-                writer.take(volume.path, channel)
-                final[name] = volume.image
-                continue
+        fits = same and volume.as_it_is and fits_as_it_is(volume.image, volume.path, name == "label", orientation)
+        if fits:
+            writer.take(volume.path, channel)
+            final[name] = volume.image
+            continue
         nearest = name == "label"
         kind = sitk.sitkUInt8 if nearest else sitk.sitkFloat32
         moved = resampling.onto_grid(volume.image, reference.image, fill, nearest, kind)[0]
@@ -162,26 +161,3 @@ def write_volumes(
         record["tumour_ml"] = round(lesion * float(np.prod(reference.image.GetSpacing())) / 1000.0, 3)
     warnings += [f"{name} was resampled to the {grid.upper()} grid" for name, moved in resampled.items() if moved]
     return {**record, "warnings": warnings}
-
-
-def _readable(image: sitk.Image, name: str) -> bool:
-    """True for pixel types that nnU-Net reads as they are."""
-    kind = image.GetPixelIDTypeAsString()
-    return "integer" in kind if name == "label" else kind in _PIXEL_TYPES_AS_THEY_ARE
-
-
-def usual_orientation(paths: Sequence[str]) -> str:
-    """Return the orientation most files have: nnU-Net ignores directions, and files that fit are kept as they are."""
-    from collections import Counter
-
-    from dataset_conversion import resampling
-    from dataset_conversion.nifti import read_header
-
-    counts: Counter[str] = Counter()
-    for path in paths:
-        try:
-            counts[resampling.orientation_code(read_header(path))] += 1
-        except ConversionError:
-            # Reported with its reason when the case is converted.
-            continue
-    return max(sorted(counts), key=lambda code: counts[code]) if counts else "LPS"

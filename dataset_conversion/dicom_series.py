@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from dataset_conversion.errors import ConversionError
+from dataset_conversion.files import iterate_files
 
 if TYPE_CHECKING:
     from pydicom.dataset import Dataset
@@ -147,21 +148,6 @@ def quiet_dicom() -> Iterator[None]:
             yield
     finally:
         settings.reading_validation_mode = before
-
-
-def iterate_files(source: Path) -> Iterator[str]:
-    """Yield all files below ``source`` in sorted order, links to folders followed once; hidden names are left out."""
-    visited = set()
-    for folder, subfolders, names in os.walk(source, followlinks=True):
-        real = os.path.realpath(folder)
-        if real in visited:
-            subfolders.clear()
-            continue
-        visited.add(real)
-        subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
-        for name in sorted(names):
-            if not name.startswith("."):
-                yield os.path.join(folder, name)
 
 
 def _dicom_start(path: str) -> str:

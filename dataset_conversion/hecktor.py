@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from dataset_conversion.cases import Case, CaseWriter, Discovery, Recipe, Refusal
 from dataset_conversion.command import build_parser, execute
 from dataset_conversion.errors import ConversionError, UsageError
+from dataset_conversion.files import list_files
 from dataset_conversion.hecktor_layouts import Found, find_layout, patient_key, read_boxes
 from dataset_conversion.raw_dataset import DatasetSpec
 
@@ -49,13 +50,9 @@ _SPOKEN = {"CT": "its CT", "PT": "its PET", "label": "its label"}
 
 def discover(source: Path, options: Mapping[str, Any], progress: Callable[[], None]) -> Discovery:
     """Find the patients below ``source`` and, for ``--crop bbox``, their boxes."""
-    from dataset_conversion.autopet_study import usual_orientation
-    from dataset_conversion.dicom_series import iterate_files
+    from dataset_conversion.nifti import usual_orientation
 
-    paths = []
-    for path in iterate_files(source) if source.is_dir() else ():
-        progress()
-        paths.append(path)
+    paths = list_files(source, progress)
     layout = find_layout(paths, source)
     discovery = Discovery(spec=OLD_SPEC if layout.old else SPEC)
     if not layout.patients:
@@ -119,7 +116,7 @@ def convert(case: Case, options: Mapping[str, Any], writer: CaseWriter) -> dict[
     import SimpleITK as sitk
 
     from dataset_conversion import resampling
-    from dataset_conversion.nifti import read_image
+    from dataset_conversion.nifti import fits_as_it_is, read_image
 
     files, orientation = case.payload["files"], case.payload["orientation"]
     images = {name: read_image(path) for name, path in files.items()}
@@ -140,7 +137,7 @@ def convert(case: Case, options: Mapping[str, Any], writer: CaseWriter) -> dict[
     for name, image in images.items():
         channel, fill = fills[name]
         resampled[name] = not resampling.same_grid(image, reference)
-        if not resampled[name] and _as_it_is(image, files[name], name, orientation):
+        if not resampled[name] and fits_as_it_is(image, files[name], name == "label", orientation):
             writer.take(files[name], channel)
             continue
         nearest = name == "label"
@@ -258,15 +255,6 @@ def _check_label(case: Case, label: sitk.Image, ct: sitk.Image, reference: sitk.
     if lost:
         warnings.append(f"{lost:.2%} of the tumour lies outside the region and is cut off")
     return warnings
-
-
-def _as_it_is(image: sitk.Image, path: str, name: str, orientation: str) -> bool:
-    """True where nnU-Net can read the file as it is."""
-    from dataset_conversion import resampling
-
-    kind = image.GetPixelIDTypeAsString()
-    readable = "integer" in kind if name == "label" else "float" in kind or "signed integer" in kind
-    return readable and path.endswith(".nii.gz") and resampling.orientation_code(image) == orientation
 
 
 def main(argv: Sequence[str] | None = None) -> int:

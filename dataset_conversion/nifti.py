@@ -8,6 +8,8 @@ accounted for. Compression and decompression are ISA-L's where it is installed (
 from __future__ import annotations
 
 import os
+from collections import Counter
+from collections.abc import Sequence
 from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
@@ -19,6 +21,7 @@ if TYPE_CHECKING:
 
 NIFTI_ENDINGS = (".nii.gz", ".nii")
 VOLUME_ENDINGS = (*NIFTI_ENDINGS, ".mha", ".mhd", ".nrrd")
+_IMAGE_TYPES = ("32-bit float", "64-bit float", "16-bit signed integer", "32-bit signed integer")
 _LEVEL = 1
 _CHUNK = 1 << 22
 _READ_ERRORS = (EOFError, OSError, ValueError, RuntimeError)
@@ -187,6 +190,29 @@ def _check_numbers(path: str, image: sitk.Image) -> None:
         raise ConversionError(
             f"holds {bad} voxels that are no numbers (NaN or infinite)", "mend or leave out the file", path
         )
+
+
+def fits_as_it_is(image: sitk.Image, path: str, is_label: bool, orientation: str) -> bool:
+    """True where nnU-Net can read a file as it is: compressed NIfTI of a pixel type and orientation that will do."""
+    from dataset_conversion import resampling
+
+    kind = image.GetPixelIDTypeAsString()
+    readable = "integer" in kind if is_label else kind in _IMAGE_TYPES
+    return readable and path.endswith(".nii.gz") and resampling.orientation_code(image) == orientation
+
+
+def usual_orientation(paths: Sequence[str]) -> str:
+    """Return the orientation most files have: nnU-Net ignores directions, and files that fit are kept as they are."""
+    from dataset_conversion import resampling
+
+    counts: Counter[str] = Counter()
+    for path in paths:
+        try:
+            counts[resampling.orientation_code(read_header(path))] += 1
+        except ConversionError:
+            # Reported with its reason when the case is converted.
+            continue
+    return max(sorted(counts), key=lambda code: counts[code]) if counts else "LPS"
 
 
 def write_image(image: sitk.Image, path: str) -> None:

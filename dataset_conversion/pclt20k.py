@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from dataset_conversion.cases import Case, CaseWriter, Discovery, Recipe, Refusal
 from dataset_conversion.command import build_parser, execute
 from dataset_conversion.errors import ConversionError, UsageError
+from dataset_conversion.files import list_files
 from dataset_conversion.pclt20k_files import KINDS, Slice, find_slices, patient_of, read_lists, slice_number
 from dataset_conversion.raw_dataset import DatasetSpec, clean_identifier
 
@@ -55,12 +56,7 @@ MASK_FROM = 128
 
 def discover(source: Path, options: Mapping[str, Any], progress: Callable[[], None]) -> Discovery:
     """Find the slices below ``source`` and which list each is in."""
-    from dataset_conversion.dicom_series import iterate_files
-
-    paths = []
-    for path in iterate_files(source) if source.is_dir() else ():
-        progress()
-        paths.append(path)
+    paths = list_files(source, progress)
     slices = find_slices(paths)
     discovery = Discovery(spec=VOLUME_SPEC if options["volumes"] else SPEC)
     if not slices:

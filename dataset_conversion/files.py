@@ -1,0 +1,31 @@
+"""Files below a source folder."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+
+def iterate_files(source: Path) -> Iterator[str]:
+    """Yield all files below ``source`` in sorted order, links to folders followed once; hidden names are left out."""
+    visited = set()
+    for folder, subfolders, names in os.walk(source, followlinks=True):
+        real = os.path.realpath(folder)
+        if real in visited:
+            subfolders.clear()
+            continue
+        visited.add(real)
+        subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
+        for name in sorted(names):
+            if not name.startswith("."):
+                yield os.path.join(folder, name)
+
+
+def list_files(source: Path, progress: Callable[[], None]) -> list[str]:
+    """Return what ``iterate_files`` yields, nothing where ``source`` is no folder; ``progress`` is called per file."""
+    paths = []
+    for path in iterate_files(source) if source.is_dir() else ():
+        progress()
+        paths.append(path)
+    return paths
