@@ -47,6 +47,7 @@ bench: $(READY)
 	$(BIN)/python benchmarks/networks.py
 	$(BIN)/python benchmarks/networks.py --patch 256 256
 	$(BIN)/python benchmarks/selective_scan.py
+	$(BIN)/python benchmarks/conversion.py --repeats 1
 
 clean:
 	$(PYTHON) -c "import shutil; [shutil.rmtree(p, ignore_errors=True) for p in ('$(VENV)', 'demo_output', 'build', 'dist')]"

@@ -45,8 +45,10 @@ FORMS = {
 
 def discover(source: Path, options: Mapping[str, Any], progress: Callable[[], None]) -> Discovery:
     """Find the studies below ``source`` in whichever form they are."""
-    paths = list_files(source, progress)
     discovery = Discovery()
+    faults: list[ConversionError] = []
+    paths = list_files(source, progress, faults)
+    discovery.add_faults(faults)
     found = {name: form.find(paths, options, discovery, progress) for name, form in FORMS.items()}
     found = {name: studies for name, studies in found.items() if studies}
     if len(found) > 1:
@@ -56,7 +58,7 @@ def discover(source: Path, options: Mapping[str, Any], progress: Callable[[], No
     studies = _of_tracer(studies, options["tracer"], discovery)
     _add_cases(studies, source, discovery)
     if options["drop_negatives"]:
-        _drop_negatives(discovery, progress)
+        _drop_negatives(discovery, options, progress)
     return discovery
 
 
@@ -81,6 +83,15 @@ def _add_cases(studies: Sequence[Study], source: Path, discovery: Discovery) -> 
     renamed = {study.released_as: identifiers[id(study)] for study in studies if study.released_as}
     if discovery.folds is not None:
         discovery.folds = _renamed(discovery.folds, renamed, discovery)
+        divided = {name for fold in discovery.folds for side in fold.values() for name in side}
+        left = sorted(
+            identifiers[id(study)] for study in studies if not study.is_test and identifiers[id(study)] not in divided
+        )
+        if left:
+            discovery.notes.append(
+                f"{len(left)} cases are in none of the folds that came with the data and are not trained on (e.g. "
+                f"{left[0]}); --splits patient draws folds of all"
+            )
     for study in studies:
         case_id = identifiers[id(study)]
         if study.fault is not None:
@@ -105,13 +116,13 @@ def _renamed(folds: Sequence[Mapping[str, Sequence[str]]], names: Mapping[str, s
     return [{side: sorted(names[name] for name in fold[side] if name in names) for side in fold} for fold in folds]
 
 
-def _drop_negatives(discovery: Discovery, progress: Callable[[], None]) -> None:
+def _drop_negatives(discovery: Discovery, options: Mapping[str, Any], progress: Callable[[], None]) -> None:
     """Leave out studies without a lesion voxel, by their label: the release's diagnosis column is not reliable."""
     kept = []
     for case in discovery.cases:
         progress()
         try:
-            positive = not case.labelled or case.payload.has_lesions()
+            positive = not case.labelled or case.payload.has_lesions(options)
         except ConversionError:
             # Reported with its reason when the case is converted.
             positive = True

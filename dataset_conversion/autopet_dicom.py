@@ -11,9 +11,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from dataset_conversion.autopet_names import of_dicom
+from dataset_conversion.autopet_names import of_dicom, patient_of_folder
 from dataset_conversion.autopet_study import Study, Volume, write_volumes
-from dataset_conversion.cases import CaseWriter, Discovery, Refusal
+from dataset_conversion.cases import CaseWriter, Discovery
 from dataset_conversion.errors import ConversionError
 
 if TYPE_CHECKING:
@@ -34,10 +34,12 @@ class DicomStudy(Study):
     segs: tuple[str, ...] = ()
     grid: str = "pet"
 
-    def has_lesions(self) -> bool:
-        """True where any pixel of any SEG is set."""
+    def has_lesions(self, options: Mapping[str, Any]) -> bool:
+        """True where any pixel of any SEG is set, and without SEG where that is refused later on."""
         from dataset_conversion.dicom_seg import has_segmented_pixels
 
+        if not self.segs:
+            return options["missing_seg"] == "refuse"
         return any(has_segmented_pixels(path) for path in self.segs)
 
     def describe(self, options: Mapping[str, Any]) -> str:
@@ -84,9 +86,6 @@ class DicomStudy(Study):
                 read_volume(ct), read_volume(pet, suv.factors), with_stack_geometry(sitk.GetImageFromArray(mask), pet)
             )
         ]  # fmt: skip
-        highest = float(sitk.GetArrayViewFromImage(volumes[1].image).max())
-        if not 0.5 <= highest <= 500.0:
-            warnings.append(f"the highest SUV is {highest:.3g}")
         written = write_volumes(*volumes, options["grid"], "LPS", writer, warnings)
         sources = {
             name: {"series_uid": stack.series.uid, "description": stack.series.description, "files": len(stack.paths),
@@ -98,13 +97,13 @@ class DicomStudy(Study):
         return {"sources": sources, "suv": {**suv.provenance, **factors}, **written}
 
     def _select(self, options: Mapping[str, Any]) -> tuple[SliceStack, SliceStack, SegHeader | None, list[str]]:
-        from dataset_conversion.dicom_seg import read_seg_header
+        from dataset_conversion.dicom_seg import read_seg_header, without_copies
         from dataset_conversion.series_choice import Stacks, check_frames, corrected_pet
 
         notes: list[str] = []
         stacks = Stacks()
         series = corrected_pet(self.series, notes)
-        segs = [read_seg_header(path) for path in self.segs]
+        segs = [read_seg_header(path) for path in without_copies(self.segs)]
         pets = [item for item in series if item.modality == "PT"]
         drawn = [(item, seg) for item in pets for seg in segs if item.uid in seg.series_uids]
         if len(drawn) > 1:
@@ -115,6 +114,9 @@ class DicomStudy(Study):
         else:
             seg = self._only_seg(segs, options, notes)
             pet = _only(stacks.measurable(pets, notes), seg, "PET")
+            if seg is not None and seg.frame_of_reference != pet.frame_of_reference:
+                what = "names neither its PET's series nor its frame of reference"
+                raise ConversionError(what, "give the SEG that was drawn on this PET", seg.path)
             if seg is not None:
                 notes.append(f"the SEG names another series; it was placed on {pet} by position")
         cts = stacks.measurable([item for item in series if item.modality == "CT"], notes)
@@ -151,36 +153,40 @@ def find(
     paths: Sequence[str], options: Mapping[str, Any], discovery: Discovery, progress: Callable[[], None]
 ) -> list[Study]:
     """Return the DICOM studies among some files that have a PET or a SEG."""
-    from dataset_conversion.dicom_series import scan_files
+    from dataset_conversion.dicom_series import broken_files, scan_files
     from dataset_conversion.nifti import ending_of
 
     files, broken = scan_files((path for path in paths if not ending_of(path)), progress)
-    for error in broken:
-        name = os.path.basename(error.file or "file")
-        discovery.refusals.append(Refusal(name, error.what, error.remedy, error.file, of_case=False))
+    faults = broken_files(broken)
+    places = {os.path.dirname(file.path) for file in files if file.modality in _USED}
+    discovery.add_faults(error for folder, error in faults.items() if folder not in places)
     groups: dict[str, list[DicomFile]] = {}
     for file in files:
         if file.modality in _USED:
             groups.setdefault(file.study_uid or os.path.dirname(file.path), []).append(file)
     return [
-        _study(members, options)
+        _study(members, options, faults)
         for _, members in sorted(groups.items())
         if any(file.modality in ("PT", "SEG") for file in members)
     ]
 
 
-def _study(files: Sequence[DicomFile], options: Mapping[str, Any]) -> Study:
+def _study(files: Sequence[DicomFile], options: Mapping[str, Any], faults: Mapping[str, ConversionError]) -> Study:
     from dataset_conversion.dicom_series import group_series
 
     pets = [file for file in files if file.modality == "PT"]
     lead = (pets or list(files))[0]
     folder = os.path.commonpath([os.path.dirname(file.path) for file in files])
-    patient = lead.patient_id or lead.patient_name or os.path.basename(folder)
+    patient = lead.patient_id or lead.patient_name or patient_of_folder(folder)
     name = of_dicom(patient, lead.study_date, lead.study_uid, _tracer(pets[0].path) if pets else "")
     study = DicomStudy(
         name, folder, tuple(sorted(file.path for file in files)), series=tuple(group_series(files, ("CT", "PT"))),
         segs=tuple(sorted(file.path for file in files if file.modality == "SEG")),
     )  # fmt: skip
+    broken = next((faults[place] for file in files if (place := os.path.dirname(file.path)) in faults), None)
+    if broken is not None:
+        # A slice at an end would leave no gap.
+        return replace(study, fault=broken)
     patients = {file.patient_id for file in files}
     missing = [spoken for code, spoken in (("CT", "CT"), ("PT", "PET")) if all(f.modality != code for f in files)]
     if len(patients) > 1:

@@ -46,7 +46,7 @@ def of_folder(folder: str) -> StudyName:
     Folders of other names give the parent's name as patient and both names as identifier.
     """
     path = Path(folder).absolute()
-    patient = next((parent.name for parent in (path, *path.parents) if _PATIENT.match(parent.name)), path.parent.name)
+    patient = patient_of_folder(folder, path.parent.name)
     tracer, short = _split_patient(patient)
     study, number = _STUDY_FOLDER.match(path.name), _NUMBER.search(path.name)
     digits = number.group(1) if number else ""
@@ -55,6 +55,13 @@ def of_folder(folder: str) -> StudyName:
     else:
         rest = "" if path.name == patient else clean_identifier(path.name)
     return StudyName(_joined(tracer or "fdg", short, rest), patient, tracer or "fdg", digits)
+
+
+def patient_of_folder(folder: str, otherwise: str = "") -> str:
+    """Return the nearest folder name that is a patient's (``PETCT_…``, ``PSMA_…``), else ``otherwise`` or the last."""
+    path = Path(folder).absolute()
+    found = next((parent.name for parent in (path, *path.parents) if _PATIENT.match(parent.name)), "")
+    return found or otherwise or path.name
 
 
 def of_dicom(patient_id: str, study_date: str, study_uid: str, tracer: str) -> StudyName:

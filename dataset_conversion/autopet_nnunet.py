@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from dataset_conversion.autopet_names import of_file
-from dataset_conversion.autopet_release import check_mask_grid
+from dataset_conversion.autopet_release import AS_RELEASED, check_mask_grid, check_pet_grid
 from dataset_conversion.autopet_study import Study, Volume, lesion_label, write_volumes
 from dataset_conversion.cases import CaseWriter, Discovery
 from dataset_conversion.errors import ConversionError
@@ -38,7 +38,7 @@ class NnunetStudy(Study):
     label: str = ""
     more_channels: int = 0
 
-    def has_lesions(self) -> bool:
+    def has_lesions(self, options: Mapping[str, Any]) -> bool:
         """True where the label has a voxel that is not 0."""
         import SimpleITK as sitk
 
@@ -64,6 +64,7 @@ class NnunetStudy(Study):
             warnings.append("channel 0 is PET and channel 1 CT, by their values; they were exchanged")
         if self.more_channels:
             warnings.append(f"{self.more_channels} further channels were left out")
+        check_pet_grid(ct.image, pet.image, ct.path)
         label = None
         if self.labelled:
             stored = read_image(self.label)
@@ -72,7 +73,11 @@ class NnunetStudy(Study):
             label = Volume(values, self.label, fits)
         written = write_volumes(ct, pet, label, options["grid"], self.orientation, writer, warnings)
         files = {"CT": ct.path, "PET": pet.path, "label": self.label}
-        return {"sources": {"released_as": self.released_as, **_relative(files, self.folder)}, **written}
+        return {
+            "sources": {"released_as": self.released_as, **_relative(files, self.folder)},
+            "suv": AS_RELEASED,
+            **written,
+        }
 
 
 def _relative(files: Mapping[str, str], folder: str) -> dict[str, str]:
@@ -139,6 +144,13 @@ def find(
         if missing:
             study = replace(study, fault=ConversionError(f"lacks {', '.join(missing)}", "restore it"))
         studies.append(study)
+    known = {(os.path.dirname(folder), identifier) for folder, identifier in channels}
+    for (folder, stem), path in sorted(volumes.items()):
+        if os.path.basename(folder) == "labelsTr" and (os.path.dirname(folder), stem) not in known:
+            error = ConversionError(
+                f"lacks imagesTr/{stem}_0000.nii.gz and imagesTr/{stem}_0001.nii.gz", "restore them"
+            )
+            studies.append(NnunetStudy(of_file(stem), os.path.dirname(folder), (path,), fault=error))
     if studies and len(folds) == 1:
         discovery.folds = _read_folds(folds[0], discovery)
     elif studies and len(folds) > 1:
@@ -150,6 +162,8 @@ def _read_folds(path: str, discovery: Discovery) -> list[dict[str, list[str]]] |
     try:
         with open(path, encoding="utf-8") as stream:
             content = json.load(stream)
+        if not isinstance(content, list) or not content:
+            raise ValueError("it is no list of folds")
         return [{side: [str(name) for name in fold[side]] for side in ("train", "val")} for fold in content]
     except (OSError, ValueError, TypeError, KeyError) as error:
         discovery.notes.append(f"{path} cannot be used ({type(error).__name__}: {error}); folds were drawn anew")

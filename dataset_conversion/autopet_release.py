@@ -16,6 +16,8 @@ from dataset_conversion.nifti import usual_orientation
 if TYPE_CHECKING:
     import SimpleITK as sitk
 
+#: The report's word on SUV that came with the data.
+AS_RELEASED = {"rule": "SUV as released, computed by the data's authors"}
 _PARTS = {f"{part}{ending}": part for part in ("CT", "CTres", "SUV", "SEG") for ending in (".nii", ".nii.gz")}
 
 
@@ -25,7 +27,7 @@ class ReleasedStudy(Study):
 
     parts: Mapping[str, str] = field(default_factory=dict)
 
-    def has_lesions(self) -> bool:
+    def has_lesions(self, options: Mapping[str, Any]) -> bool:
         """True where SEG has a voxel that is not 0."""
         import SimpleITK as sitk
 
@@ -53,11 +55,14 @@ class ReleasedStudy(Study):
         label, fits = lesion_label(seg, seg_path, warnings)
         ct, pet = read_image(ct_path), read_image(pet_path)
         check_mask_grid(label, pet, seg_path, warnings)
+        if ct_path != self.parts.get("CT"):
+            check_pet_grid(ct, pet, ct_path)
         written = write_volumes(
             Volume(ct, ct_path), Volume(pet, pet_path), Volume(label, seg_path, fits), options["grid"],
             self.orientation, writer, warnings,
         )  # fmt: skip
-        return {"sources": {"folder": self.place, "CT": os.path.basename(ct_path)}, **written}
+        names = {name: os.path.basename(path) for name, path in (("CT", ct_path), ("PET", pet_path), ("SEG", seg_path))}
+        return {"sources": {"folder": self.place, **names}, "suv": AS_RELEASED, **written}
 
 
 def check_mask_grid(label: sitk.Image, pet: sitk.Image, path: str, warnings: list[str]) -> None:
@@ -83,6 +88,15 @@ def check_mask_grid(label: sitk.Image, pet: sitk.Image, path: str, warnings: lis
     warnings.append(f"the label has other extents than the PET ({difference}); it was placed by position")
 
 
+def check_pet_grid(ct: sitk.Image, pet: sitk.Image, path: str) -> None:
+    """Raise where a CT that was resampled to the PET's grid by the release is on another one: a mix-up or damage."""
+    from dataset_conversion import resampling
+
+    if not resampling.same_grid(ct, pet):
+        difference = resampling.describe_difference(ct, pet)
+        raise ConversionError(f"is on another grid than its PET ({difference})", "restore the file", path)
+
+
 def find(
     paths: Sequence[str], options: Mapping[str, Any], discovery: Discovery, progress: Callable[[], None]
 ) -> list[Study]:
@@ -93,7 +107,7 @@ def find(
         part = _PARTS.get(name)
         if part is not None:
             folders.setdefault(folder, {})[part] = path
-    folders = {folder: parts for folder, parts in sorted(folders.items()) if {"SUV", "SEG"} & set(parts)}
+    folders = {folder: parts for folder, parts in sorted(folders.items()) if {"CTres", "SUV", "SEG"} & set(parts)}
     studies: list[Study] = []
     orientation = usual_orientation([parts["SUV"] for parts in folders.values() if "SUV" in parts])
     for folder, parts in folders.items():

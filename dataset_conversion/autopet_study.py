@@ -14,6 +14,10 @@ if TYPE_CHECKING:
     import SimpleITK as sitk
 
 
+#: What programs that save masks as pictures write for 1.
+WHITE = 255
+
+
 @dataclass(frozen=True)
 class Study:
     """A study as found; the forms add how it is read.
@@ -39,7 +43,7 @@ class Study:
     released_as: str = ""
     fault: ConversionError | None = None
 
-    def has_lesions(self) -> bool:
+    def has_lesions(self, options: Mapping[str, Any]) -> bool:
         """True where the label has a voxel that is not 0."""
         raise NotImplementedError
 
@@ -71,7 +75,7 @@ def lesion_label(label: sitk.Image, path: str, warnings: list[str]) -> tuple[sit
     """Return a label map of 0 and 1, uint8, and whether it had these values already.
 
     Raises:
-        ConversionError: it holds other values than 0 and one more.
+        ConversionError: it holds other values than 0 and 1, or 0 and 255.
     """
     import numpy as np
     import SimpleITK as sitk
@@ -81,14 +85,32 @@ def lesion_label(label: sitk.Image, path: str, warnings: list[str]) -> tuple[sit
     set_voxels = np.count_nonzero(view)
     # Passes over bytes; the full list of values (a sort or a table) only where it is to be shown.
     several = set_voxels != (np.count_nonzero(view == highest) if highest else 0)
-    if several or (set_voxels == view.size and highest != 1):
+    if several or highest not in (0, 1, WHITE):
         values = np.unique(view).tolist()
         shown = ", ".join(f"{value:g}" for value in values[:5])
         raise ConversionError(f"holds label values {shown}", "0 and 1 are expected", path)
-    if highest not in (0, 1):
-        warnings.append(f"lesions have the value {highest:g} in the label; written as 1")
+    if highest == WHITE:
+        warnings.append("lesions have the value 255 in the label; written as 1")
         return sitk.Cast(label != 0, sitk.sitkUInt8), False
     return sitk.Cast(label, sitk.sitkUInt8), "integer" in label.GetPixelIDTypeAsString()
+
+
+def check_tumour_covered(label: sitk.Image, image: sitk.Image, spoken: str, path: str) -> list[str]:
+    """Return a warning where part of the tumour lies outside an image.
+
+    Raises:
+        ConversionError: all of it does.
+    """
+    import numpy as np
+    import SimpleITK as sitk
+
+    from dataset_conversion.resampling import fraction_inside
+
+    voxels = np.argwhere(sitk.GetArrayViewFromImage(label))[:, ::-1]
+    inside = fraction_inside(voxels, label, image) if len(voxels) else 1.0
+    if inside == 0.0:
+        raise ConversionError(f"the {spoken} does not cover the tumour", "check the geometry", path or None)
+    return [f"{1 - inside:.1%} of the tumour lies outside the {spoken}"] if inside < 1.0 else []
 
 
 def write_volumes(
@@ -122,12 +144,12 @@ def write_volumes(
         inputs["label"] = (label, 0.0)
     before = {name: resampling.grid_record(volume.image) for name, (volume, _) in inputs.items()}
     other, spoken = (pet, "PET") if grid == "ct" else (ct, "CT")
+    resampling.check_same_place(ct.image, pet.image, other.path or None)
     covered = resampling.overlap(reference.image, other.image)
-    if covered == 0.0:
-        what = "CT and PET lie at different places: they share no part"
-        raise ConversionError(what, "check their geometry, or whether they are of one patient", other.path or None)
     if covered < 0.99:
         warnings.append(f"the {spoken} covers {covered:.1%} of the {grid.upper()} grid; it is filled elsewhere")
+    if label is not None:
+        warnings += check_tumour_covered(label.image, other.image, spoken, label.path)
     resampled: dict[str, bool] = {}
     final: dict[str, sitk.Image] = {}
     for channel, (name, (volume, fill)) in zip((0, 1, None), inputs.items(), strict=False):
@@ -146,11 +168,14 @@ def write_volumes(
             writer.label(final[name])
         else:
             writer.image(channel, final[name])
+    highest = float(sitk.GetArrayViewFromImage(final["PET"]).max())
+    if not 0.5 <= highest <= 500.0:
+        warnings.append(f"the highest value of the PET is {highest:.4g}: not in SUV?")
     record = {
         "geometry_before": before,
         "geometry_after": resampling.grid_record(final["PET"]),
         "resampled": resampled,
-        "highest_suv": round(float(sitk.GetArrayViewFromImage(final["PET"]).max()), 4),
+        "highest_suv": round(highest, 4),
     }
     if label is not None:
         lesion = int(np.count_nonzero(sitk.GetArrayViewFromImage(final["label"])))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -97,6 +97,12 @@ class Discovery:
     folds: list[Fold] | None = None
     spec: DatasetSpec | None = None
     notes: list[str] = field(default_factory=list)
+
+    def add_faults(self, faults: Iterable[ConversionError]) -> None:
+        """Add files and folders that cannot be read and belong to no known case."""
+        for error in faults:
+            name = os.path.basename(error.file or "file")
+            self.refusals.append(Refusal(name, error.what, error.remedy, error.file, of_case=False))
 
 
 class CaseWriter:

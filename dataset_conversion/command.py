@@ -218,6 +218,8 @@ def _dry_run(recipe: Recipe, discovery: Discovery, dataset: Path, test: Sequence
         print(f"  {case.case_id} ({'test' if case.case_id in test_ids else 'training'}): {line}")
     for name, reason in sorted(discovery.passed_over.items()):
         print(f"  {name}: left out, {reason}")
+    for text in discovery.notes:
+        print_error(f"warning: {text}")
     if not refusals:
         return ALL_CONVERTED
     _report_refusals(refusals)

@@ -46,6 +46,8 @@ def read_volume(stack: SliceStack, factors: np.ndarray | None = None) -> sitk.Im
                 raise ConversionError(
                     f"RescaleSlope {slope!r} or RescaleIntercept {intercept!r} is no number", "correct the tag", path
                 ) from error
+            if not scale[0] or not np.isfinite(scale).all():
+                raise ConversionError(f"RescaleSlope is {slope}", "correct the tag", path)
             values = _stored_values(path)
             if values.shape != (rows, columns):
                 raise ConversionError(

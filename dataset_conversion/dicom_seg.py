@@ -6,8 +6,10 @@ may be all there is, and autoPET has SEGs whose rows run the other way than thei
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -66,6 +68,14 @@ def read_seg_header(path: str) -> SegHeader:
     return SegHeader(path, frozenset(series - {""}), str(dataset.get("FrameOfReferenceUID") or "").strip(), segments)
 
 
+def without_copies(paths: Sequence[str]) -> list[str]:
+    """Return the files without byte-identical copies of one another."""
+    kept: dict[str, str] = {}
+    for path in paths:
+        kept.setdefault(hashlib.sha256(Path(path).read_bytes()).hexdigest(), path)
+    return list(kept.values())
+
+
 def has_segmented_pixels(path: str) -> bool:
     """True where any pixel of any frame is set; positions are not looked at."""
     return bool(_frames(_open(path), path).any())
@@ -95,9 +105,10 @@ def decode(path: str, stack: SliceStack) -> DecodedSeg:
     if frame_of_reference != stack.series.frame_of_reference:
         notes.append("the SEG names another frame of reference than the PET; it was placed by position")
     placed = _placed(dataset, frames, path)
-    exact = _exact(placed, stack, path)
+    pitch = _pitch(dataset, stack)
+    exact = _exact(placed, pitch, stack, path)
     if exact is None:
-        exact = _resampled(placed, stack, path)
+        exact = _resampled(placed, pitch, stack, path)
         notes.append("the SEG is not on the PET's grid; it was resampled (nearest)")
     return DecodedSeg(exact, notes)
 
@@ -174,7 +185,34 @@ def _slice_positions(index: np.ndarray, stack: SliceStack) -> np.ndarray:
     return np.column_stack([index[:, :2], number])
 
 
-def _exact(frames: Sequence[_Frame], stack: SliceStack, path: str) -> np.ndarray | None:
+def _pitch(dataset: Dataset, stack: SliceStack) -> float:
+    """Return the distance of a SEG's slices in mm.
+
+    Frames without segmented pixels may be left out, so that the smallest distance is only an upper bound, and the
+    thickness in the header may be wrong, so that it counts where all distances are multiples of it.
+    """
+    shared = (dataset.get("SharedFunctionalGroupsSequence") or [None])[0]
+    heights, thickness = [], 0.0
+    for groups in dataset.get("PerFrameFunctionalGroupsSequence") or ():
+        position = (groups.get("PlanePositionSequence") or [None])[0]
+        values = position.get("ImagePositionPatient") if position is not None else None
+        if values is not None and len(values) == 3:
+            heights.append(float((np.array(values, float) - stack.origin) @ stack.direction[:, 2]))
+        for place in (groups, shared):
+            measures = ((place.get("PixelMeasuresSequence") or [None])[0]) if place is not None else None
+            stated = measures and (measures.get("SpacingBetweenSlices") or measures.get("SliceThickness"))
+            thickness = thickness or float(stated or 0.0)
+    gaps = np.diff(np.unique(np.array(heights).round(2)))
+    usual = stack.spacing[2]
+    if (
+        thickness > usual * (1 + LATTICE_TOLERANCE)
+        and np.abs(gaps / thickness - (gaps / thickness).round()).max(initial=0.0) < LATTICE_TOLERANCE
+    ):
+        return thickness
+    return min(float(gaps.min(initial=usual)), usual)
+
+
+def _exact(frames: Sequence[_Frame], pitch: float, stack: SliceStack, path: str) -> np.ndarray | None:
     """Return the mask where all segmented pixels are voxels of the stack, None where they lie between voxels.
 
     Raises:
@@ -183,7 +221,7 @@ def _exact(frames: Sequence[_Frame], stack: SliceStack, path: str) -> np.ndarray
     columns, rows, slices = stack.size
     mask = np.zeros((slices, rows, columns), np.uint8)
     in_plane = np.sort(stack.spacing[:2])
-    fits = True
+    fits = pitch <= stack.spacing[2] * (1 + LATTICE_TOLERANCE)
     for frame in frames:
         row, column = np.nonzero(frame.values)
         points = frame.origin + np.outer(column, frame.right) + np.outer(row, frame.down)
@@ -201,7 +239,7 @@ def _exact(frames: Sequence[_Frame], stack: SliceStack, path: str) -> np.ndarray
     return mask if fits else None
 
 
-def _resampled(frames: Sequence[_Frame], stack: SliceStack, path: str) -> np.ndarray:
+def _resampled(frames: Sequence[_Frame], pitch: float, stack: SliceStack, path: str) -> np.ndarray:
     """Return what the frames have nearest to each voxel centre of the stack.
 
     Raises:
@@ -215,8 +253,7 @@ def _resampled(frames: Sequence[_Frame], stack: SliceStack, path: str) -> np.nda
         if tilt > _TILT_TOLERANCE:
             raise ConversionError("its frames lie oblique to its PET's slices", "draw it on the PET", path)
     heights = np.array([float((frame.origin - stack.origin) @ normal) for frame in frames])
-    distinct = np.unique(heights.round(2))
-    reach = 0.5 * (float(np.diff(distinct).min()) if len(distinct) > 1 else stack.spacing[2]) + 1e-3
+    reach = 0.5 * pitch + 1e-3
     y, x = np.mgrid[0:rows, 0:columns]
     plane = (
         stack.origin

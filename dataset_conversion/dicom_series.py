@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from dataset_conversion.errors import ConversionError
-from dataset_conversion.files import iterate_files
+from dataset_conversion.files import list_files
+from dataset_conversion.series_checks import check_complete, check_one_series
 
 if TYPE_CHECKING:
     from pydicom.dataset import Dataset
@@ -31,6 +32,11 @@ _SCAN_TAGS = [
     "SOPClassUID", "SOPInstanceUID", "Modality", "PatientID", "PatientName", "StudyInstanceUID", "SeriesInstanceUID",
     "SeriesDescription", "FrameOfReferenceUID", "ImageType", "NumberOfFrames", "CorrectedImage", "StudyDate",
 ]  # fmt: skip
+# What a file that ends in .dcm has at the least: preamble, mark and one element.
+_SMALLEST_DICOM = 140
+_DICOM_ENDINGS = (".dcm", ".ima")
+# The directory of a medium belongs to no series.
+_NOT_OF_A_SERIES = ("1.2.840.10008.1.3.10",)
 READ_ERRORS = (
     AttributeError, EOFError, IndexError, KeyError, NotImplementedError, OSError, OverflowError, RuntimeError,
     TypeError, ValueError,
@@ -160,6 +166,17 @@ def _dicom_start(path: str) -> str:
     return "bare" if start[:2] in (b"\x08\x00", b"\x02\x00") and start[3:4] == b"\x00" else ""
 
 
+def _why_not_open(path: str, error: OSError) -> tuple[str, str]:
+    if os.path.islink(path) and not os.path.exists(path):
+        return "is a link to a file that is not there", "restore the file"
+    return f"cannot be opened ({error.strerror or error})", "allow reading it"
+
+
+def broken_files(broken: Sequence[ConversionError]) -> dict[str, ConversionError]:
+    """Return folder -> an error of a file in it: whatever is made of that folder's files may lack a slice."""
+    return {os.path.dirname(error.file): error for error in reversed(broken) if error.file}
+
+
 def _words(value: Any) -> tuple[str, ...]:
     if value is None:
         return ()
@@ -168,7 +185,10 @@ def _words(value: Any) -> tuple[str, ...]:
 
 def scan(source: Path, progress: Callable[[], None] = lambda: None) -> tuple[list[DicomFile], list[ConversionError]]:
     """Read the headers of all DICOM files below a folder (or of one file), as ``scan_files`` does."""
-    return scan_files(iterate_files(source) if source.is_dir() else [str(source)], progress)
+    faults: list[ConversionError] = []
+    paths = list_files(source, lambda: None, faults) if source.is_dir() else [str(source)]
+    found, broken = scan_files(paths, progress)
+    return found, [*faults, *broken]
 
 
 def scan_files(
@@ -195,11 +215,14 @@ def scan_files(
             try:
                 start = _dicom_start(path)
                 if not start:
+                    if path.lower().endswith(_DICOM_ENDINGS) and os.path.getsize(path) < _SMALLEST_DICOM:
+                        broken.append(ConversionError("is cut off or empty", "restore the file", path))
                     continue
                 header = pydicom.dcmread(path, stop_before_pixels=True, force=True, specific_tags=list(_SCAN_TAGS))
                 record = _file_record(path, header)
-            except PermissionError:
-                broken.append(ConversionError("cannot be opened", "allow reading it", path))
+            except OSError as error:
+                if path.lower().endswith(_DICOM_ENDINGS) or not os.path.islink(path):
+                    broken.append(ConversionError(*_why_not_open(path, error), path))
                 continue
             except (*READ_ERRORS, pydicom.errors.InvalidDicomError) as error:
                 if start == "marked":
@@ -207,6 +230,9 @@ def scan_files(
                 continue
             if record is not None:
                 found.append(record)
+            elif start == "marked" and header.file_meta.get("MediaStorageSOPClassUID") not in _NOT_OF_A_SERIES:
+                what = "is cut off: it has no Modality or no SeriesInstanceUID"
+                broken.append(ConversionError(what, "restore the file", path))
     return found, broken
 
 
@@ -344,7 +370,9 @@ def _measure(series: ImageSeries, headers: list[Dataset], paths: list[str], note
     positions, headers = positions[order], [headers[index] for index in order]
     paths = [paths[index] for index in order]
     distances = (positions - positions[0]) @ normal
+    check_one_series(str(series), headers, paths)
     spacing = _slice_spacing(series, distances, paths, notes)
+    check_complete(str(series), headers, paths, notes)
     sideways = (positions - positions[0]) - np.outer(distances, normal)
     drift = float(np.linalg.norm(sideways, axis=1).max())
     if drift > max(0.1, 0.1 * float(pixels[0].min())):

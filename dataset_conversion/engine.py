@@ -58,7 +58,11 @@ def split_test_cases(discovery: Discovery, test: Sequence[str]) -> set[str]:
         if not hits and name not in refused:
             known = ", ".join(sorted({case.patient for case in cases})[:10])
             raise UsageError(f"--test {name}: no such patient", f"known are {known}")
-        chosen |= hits
+        patients = {case.patient for case in cases if case.case_id in hits}
+        whole = {case.case_id for case in cases if case.patient in patients}
+        if whole != hits:
+            discovery.notes.append(f"--test {name}: all {len(whole)} studies of the patient go to the test set")
+        chosen |= whole
     if cases and chosen and len(chosen | discovery.test) == len(cases):
         raise UsageError("--test leaves no patient for training", "name fewer")
     return chosen | {case.case_id for case in cases if case.case_id in discovery.test}
@@ -72,6 +76,9 @@ def plan_splits(recipe: Recipe, discovery: Discovery, test_ids: set[str]) -> tup
     """
     training = {case.case_id: case.patient for case in discovery.cases if case.case_id not in test_ids}
     if recipe.splits == "622":
+        if discovery.test:
+            what = "--splits 622: the data has a test set of its own, which patients must not be added to"
+            raise UsageError(what, "use --splits patient")
         more, folds = six_two_two(training)
         return test_ids | more, folds
     if recipe.splits == "shipped":
@@ -85,6 +92,8 @@ def plan_splits(recipe: Recipe, discovery: Discovery, test_ids: set[str]) -> tup
         return test_ids, discovery.folds
     if recipe.splits == "centre" and not all(case.group for case in discovery.cases):
         raise UsageError("--splits centre: the centres are not known", "use --splits patient")
+    if recipe.splits == "centre" and len({case.group for case in discovery.cases}) < 2:
+        raise UsageError("--splits centre: all cases are of one centre", "use --splits patient")
     return test_ids, None
 
 

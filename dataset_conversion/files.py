@@ -6,11 +6,24 @@ import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from dataset_conversion.errors import ConversionError
 
-def iterate_files(source: Path) -> Iterator[str]:
-    """Yield all files below ``source`` in sorted order, links to folders followed once; hidden names are left out."""
+
+def iterate_files(source: Path, faults: list[ConversionError] | None = None) -> Iterator[str]:
+    """Yield all files below ``source`` in sorted order, links to folders followed once; hidden names are left out.
+
+    Args:
+        source: a folder.
+        faults: gets an error for every folder that cannot be opened.
+    """
     visited = set()
-    for folder, subfolders, names in os.walk(source, followlinks=True):
+
+    def note(error: OSError) -> None:
+        if faults is not None:
+            what = f"cannot be opened ({error.strerror})"
+            faults.append(ConversionError(what, "allow reading it", error.filename))
+
+    for folder, subfolders, names in os.walk(source, followlinks=True, onerror=note):
         real = os.path.realpath(folder)
         if real in visited:
             subfolders.clear()
@@ -22,10 +35,10 @@ def iterate_files(source: Path) -> Iterator[str]:
                 yield os.path.join(folder, name)
 
 
-def list_files(source: Path, progress: Callable[[], None]) -> list[str]:
+def list_files(source: Path, progress: Callable[[], None], faults: list[ConversionError] | None = None) -> list[str]:
     """Return what ``iterate_files`` yields, nothing where ``source`` is no folder; ``progress`` is called per file."""
     paths = []
-    for path in iterate_files(source) if source.is_dir() else ():
+    for path in iterate_files(source, faults) if source.is_dir() else ():
         progress()
         paths.append(path)
     return paths

@@ -13,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dataset_conversion.autopet_release import AS_RELEASED
 from dataset_conversion.cases import Case, CaseWriter, Discovery, Recipe, Refusal
 from dataset_conversion.command import build_parser, execute
 from dataset_conversion.errors import ConversionError, UsageError
@@ -41,7 +42,7 @@ OLD_SPEC = replace(
 CROPS = ("none", "overlap", "bbox", "head-neck")
 LOOKS_FOR = "ID__CT, ID__PT and ID (2022 on) or ID_ct, ID_pt and ID_ct_gtvt (2020/21) as .nii.gz"
 #: The organisers computed SUV with an assumed weight of 75 kg (list_approx_weight.txt of voreille/hecktor).
-APPROXIMATE_WEIGHT = ("HMR005", "HMR016", "HMR024", "HMR029", "HMR030", "HMR034")
+APPROXIMATE_WEIGHT = tuple(f"{centre}{number:03d}" for centre in ("HMR", "CHMR") for number in (5, 16, 24, 29, 30, 34))
 # A mask may end a voxel before or after its CT; its tumour may not lie outside.
 _LOST_AT_MOST = 0.01
 _HIGHEST_SUV = 3000.0
@@ -52,9 +53,11 @@ def discover(source: Path, options: Mapping[str, Any], progress: Callable[[], No
     """Find the patients below ``source`` and, for ``--crop bbox``, their boxes."""
     from dataset_conversion.nifti import usual_orientation
 
-    paths = list_files(source, progress)
+    faults: list[ConversionError] = []
+    paths = list_files(source, progress, faults)
     layout = find_layout(paths, source)
     discovery = Discovery(spec=OLD_SPEC if layout.old else SPEC)
+    discovery.add_faults(faults)
     if not layout.patients:
         return discovery
     boxes = {}
@@ -127,7 +130,12 @@ def convert(case: Case, options: Mapping[str, Any], writer: CaseWriter) -> dict[
     if covered < 0.99:
         warnings.append(f"the PET covers {covered:.1%} of the grid; SUV is 0 elsewhere")
     record: dict[str, Any] = {
-        "sources": {"folder": case.payload["folder"], "centre": case.group},
+        "sources": {
+            "folder": case.payload["folder"],
+            "centre": case.group,
+            **{name: os.path.basename(path) for name, path in files.items()},
+        },
+        "suv": AS_RELEASED,
         "geometry_before": {name: resampling.grid_record(image) for name, image in images.items()},
     }
     if "label" in images:
@@ -179,9 +187,7 @@ def _checked(case: Case, images: Mapping[str, sitk.Image]) -> list[str]:
 
     warnings = []
     files = case.payload["files"]
-    if resampling.overlap(images["CT"], images["PT"]) == 0.0 and resampling.overlap(images["PT"], images["CT"]) == 0.0:
-        what = "CT and PET lie at different places: they share no part"
-        raise ConversionError(what, "check their geometry, or whether they are of one patient", files["PT"])
+    resampling.check_same_place(images["CT"], images["PT"], files["PT"])
     ct, pet = (sitk.GetArrayViewFromImage(images[name]) for name in ("CT", "PT"))
     if ct.min() > -200:
         warnings.append(f"the lowest value of the CT is {ct.min():g}: not in HU?")

@@ -22,7 +22,7 @@ _OLD_IMAGE = re.compile(r"^(?P<patient>[^_].*?)_(?P<kind>ct|pt)$")
 _OLD_LABEL = re.compile(r"^(?P<patient>[^_].*?)_(?:ct_)?gtvt$")
 _IMAGE = re.compile(r"^(?P<patient>.+)__(?P<kind>CT|PT)$")
 _ID = re.compile(r"^(?P<centre>[A-Za-z]+)[-_ ]?(?P<number>\d+)$")
-_TEST_FOLDER = re.compile(r"test|^imagests$", re.IGNORECASE)
+_TEST_FOLDER = re.compile(r"^imagests$|(?<![a-z])test(ing|set|s)?(?![a-z])", re.IGNORECASE)
 _BOX_COLUMNS = ("x1", "x2", "y1", "y2", "z1", "z2")
 
 Box = tuple[float, float, float, float, float, float]
@@ -117,8 +117,8 @@ def find_layout(paths: Sequence[str], source: Path) -> Layout:
         found.files.update({"label": label} if label else {})
     patients = [found for _, found in sorted({**new, **old}.items())]
     for found in patients:
-        parts = os.path.relpath(found.folder, source.parent).split(os.sep)
-        found.is_test = "label" not in found.files and any(_TEST_FOLDER.search(part) for part in parts)
+        parts = os.path.relpath(found.folder, source).split(os.sep)
+        found.is_test = any(_TEST_FOLDER.search(part) for part in parts)
     return Layout(_once(patients), bool(old), tables)
 
 
@@ -154,7 +154,10 @@ def read_boxes(tables: Sequence[str]) -> dict[str, Box]:
             clean = {str(key).strip(): str(value or "").strip() for key, value in row.items()}
             if not clean["PatientID"]:
                 continue
-            boxes[patient_key(clean["PatientID"])] = _box(clean, path)
+            box = _box(clean, path)
+            if boxes.setdefault(patient_key(clean["PatientID"]), box) != box:
+                what = f"has another box of {clean['PatientID']} than another CSV file"
+                raise ConversionError(what, "name the file that counts: --bbox FILE", path)
     return boxes
 
 

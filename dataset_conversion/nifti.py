@@ -8,6 +8,7 @@ accounted for. Compression and decompression are ISA-L's where it is installed (
 from __future__ import annotations
 
 import os
+import re
 from collections import Counter
 from collections.abc import Sequence
 from typing import IO, TYPE_CHECKING, Any
@@ -87,6 +88,7 @@ def read_image(path: str) -> sitk.Image:
         image.SetOrigin(geometry.GetOrigin())
         image.SetDirection(geometry.GetDirection())
     else:
+        _check_compressed(path)
         try:
             image = sitk.ReadImage(path)
         except RuntimeError as error:
@@ -94,6 +96,31 @@ def read_image(path: str) -> sitk.Image:
         image = image[..., 0] if flat else image
     _check_numbers(path, image)
     return image
+
+
+def _check_compressed(path: str) -> None:
+    """Raise where a compressed MetaImage or NRRD is damaged, which ITK reads with a warning on the terminal only."""
+    import zlib
+
+    with open(path, "rb") as stream:
+        content = stream.read()
+    if path.lower().endswith(".nrrd"):
+        head, _, body = content.partition(b"\n\n")
+        packed = re.search(rb"^encoding:\s*(gz|gzip)\s*$", head, re.MULTILINE | re.IGNORECASE) is not None
+        kind = zlib.MAX_WBITS | 16
+    else:
+        head, _, body = content.partition(b"ElementDataFile = LOCAL\n")
+        packed = re.search(rb"^CompressedData = True\s*$", head, re.MULTILINE) is not None
+        kind = zlib.MAX_WBITS
+    if not packed:
+        return
+    unpacker = zlib.decompressobj(kind)
+    try:
+        unpacker.decompress(body)
+    except zlib.error as error:
+        raise ConversionError(f"is cut off or damaged ({error})", "restore the file", path) from error
+    if not unpacker.eof:
+        raise ConversionError("is cut off or damaged (its end is missing)", "restore the file", path)
 
 
 def _check_readable(path: str) -> None:

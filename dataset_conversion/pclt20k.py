@@ -45,7 +45,6 @@ VOLUME_SPEC = replace(
     description="PCLT20K, lung cancer PET/CT slices stacked by patient, 8-bit grey as released: CT, PET, tumour",
     file_ending=".nii.gz",
     reader="SimpleITKIO",
-    fixed_scaling="noNorm",
     listed=False,
     configuration="3d_fullres",
 )
@@ -56,9 +55,11 @@ MASK_FROM = 128
 
 def discover(source: Path, options: Mapping[str, Any], progress: Callable[[], None]) -> Discovery:
     """Find the slices below ``source`` and which list each is in."""
-    paths = list_files(source, progress)
+    faults: list[ConversionError] = []
+    paths = list_files(source, progress, faults)
     slices = find_slices(paths)
     discovery = Discovery(spec=VOLUME_SPEC if options["volumes"] else SPEC)
+    discovery.add_faults(faults)
     if not slices:
         return discovery
     lists = _lists(paths, slices, options, source, discovery)

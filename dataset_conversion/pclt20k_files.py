@@ -87,4 +87,7 @@ def read_lists(paths: Sequence[str]) -> dict[str, str] | None:
             name = re.sub(r"(_(ct|pet|mask))?\.png$", "", name, flags=re.IGNORECASE)
             if lists.setdefault(name, which) != which:
                 raise ConversionError(f"{name} is in train.txt and in test.txt", "take it out of one", path)
+    if len(found) == 1:
+        (which, path), other = next(iter(found.items())), "test" if "train" in found else "train"
+        raise ConversionError(f"is there without {other}.txt", f"restore {other}.txt, or --lists ignore", path)
     return lists if found else None

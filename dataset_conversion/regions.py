@@ -16,6 +16,9 @@ if TYPE_CHECKING:
 HEAD_NECK_MM = (200.0, 200.0, 310.0)
 _BRAIN_SUV = 3.0
 _BRAIN_ML = 200.0
+# Raised arms reach this far above the head at the most; the brain fills this part of the body's cross-section.
+_BRAIN_BELOW_TOP_MM = 500.0
+_BRAIN_SHARE = 0.35
 _BODY_SUV = 0.4
 _BODY_ML_PER_MM = 2.0
 _ABOVE_BRAIN_MM = 10.0
@@ -72,8 +75,9 @@ def grid_of(box: np.ndarray, spacing: tuple[float, float, float]) -> sitk.Image:
 def head_and_neck(pet: sitk.Image) -> tuple[np.ndarray, str]:
     """Find head and neck in a PET: from the top of the brain down, centred on it.
 
-    The brain is the uppermost connected volume of at least 200 ml with SUV of 3 or more. Where there is none (a field
-    of view that begins below it, another tracer) the uppermost part of the body (SUV of 0.4 or more) takes its place.
+    The brain is the uppermost connected volume of at least 200 ml with SUV of 3 or more that begins within 500 mm of
+    the top of the body (SUV of 0.4 or more) and fills 35 % of its cross-section. Where there is none (a field of view
+    that begins below it, another tracer) the uppermost part of the body takes its place.
 
     Args:
         pet: SUV.
@@ -91,7 +95,7 @@ def head_and_neck(pet: sitk.Image) -> tuple[np.ndarray, str]:
         sitk.Cast(pet, sitk.sitkFloat32), grid_of(box, (_WORKING_MM,) * 3), sitk.Transform(), sitk.sitkLinear, 0.0
     )
     values = sitk.GetArrayFromImage(smooth)
-    found = _uppermost(values >= _BRAIN_SUV, _BRAIN_ML * 1000.0 / _WORKING_MM**3)
+    found = _brain(values)
     how = "the brain"
     if found is None:
         how = "the top of the body (no brain was found)"
@@ -104,20 +108,30 @@ def head_and_neck(pet: sitk.Image) -> tuple[np.ndarray, str]:
     return np.array([[x - half[0], y - half[1], high - HEAD_NECK_MM[2]], [x + half[0], y + half[1], high]]), how
 
 
-def _uppermost(mask: np.ndarray, voxels: float) -> tuple[float, float, float] | None:
-    """Return centre x and y and highest z (indices) of the component that reaches highest, of those large enough."""
+def _brain(values: np.ndarray) -> tuple[float, float, float] | None:
+    """Return centre x and y and highest z (indices) of the brain, None where none is found.
+
+    Heart, liver and bladder may be as large and as hot, but they lie lower or fill less of the body's cross-section.
+    """
     import cc3d
 
-    labels = cc3d.connected_components(mask, connectivity=6)
+    top = _top_of_body(values >= _BODY_SUV)
+    if top is None:
+        return None
+    labels = cc3d.connected_components(values >= _BRAIN_SUV, connectivity=6)
     statistics = cc3d.statistics(labels)
     best = None
     for label in range(1, len(statistics["voxel_counts"])):
-        if statistics["voxel_counts"][label] < voxels:
+        z, y, x = statistics["bounding_boxes"][label]
+        highest = float(z.stop - 1)
+        if statistics["voxel_counts"][label] * _WORKING_MM**3 < _BRAIN_ML * 1000.0:
             continue
-        top = float(statistics["bounding_boxes"][label][0].stop - 1)
-        if best is None or top > best[2]:
+        middle = (z.start + z.stop - 1) // 2
+        share = np.count_nonzero(labels[middle] == label) / np.count_nonzero(values[middle] >= _BODY_SUV)
+        low = (top[2] - highest) * _WORKING_MM > _BRAIN_BELOW_TOP_MM
+        if not low and share >= _BRAIN_SHARE and (best is None or highest > best[2]):
             _, y, x = statistics["centroids"][label]
-            best = (float(x), float(y), top)
+            best = (float(x), float(y), highest)
     return best
 
 

@@ -7,12 +7,16 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from dataset_conversion.errors import ConversionError
+
 if TYPE_CHECKING:
     import SimpleITK as sitk
 
 # Corners of two grids that differ by less than this part of a voxel are rounding (NIfTI keeps affines as float32).
 SAME_GRID_VOXELS = 0.01
 LATTICE_VOXELS = 0.05
+# CT and PET of one examination overlap by most of the smaller one; with a mirrored axis by a few per cent.
+SHARED_AT_LEAST = 0.2
 AXIS_TOLERANCE = 1e-4
 FILL_CT = -1024.0
 FILL_PET = 0.0
@@ -55,6 +59,16 @@ def overlap(grid: sitk.Image, image: sitk.Image) -> float:
     axes = [np.unique(np.linspace(0, size - 1, 24).round()) for size in grid.GetSize()]
     points = np.stack(np.meshgrid(*axes, indexing="ij"), axis=-1).reshape(-1, 3)
     return fraction_inside(points, grid, image)
+
+
+def check_same_place(ct: sitk.Image, pet: sitk.Image, path: str | None) -> None:
+    """Raise where CT and PET share so little that they cannot be of one examination, or an axis is mirrored."""
+    shared = max(overlap(ct, pet), overlap(pet, ct))
+    if shared >= SHARED_AT_LEAST:
+        return
+    what = "CT and PET lie at different places: they share "
+    what += f"{shared:.1%} of the smaller one" if shared else "no part"
+    raise ConversionError(what, "check direction and origin, or whether they are of one patient", path)
 
 
 def describe_difference(image: sitk.Image, other: sitk.Image) -> str:

@@ -47,16 +47,13 @@ def group_patients(files: Sequence[DicomFile], source: Path) -> dict[str, list[D
 
 def discover(source: Path, options: Mapping[str, Any], progress: Callable[[], None]) -> Discovery:
     """Find the patients that have CT, PET or RTSTRUCT files below ``source``."""
-    from dataset_conversion.dicom_series import scan
+    from dataset_conversion.dicom_series import broken_files, scan
     from dataset_conversion.sts_selection import PatientFiles
 
     files, broken = scan(source, progress)
     discovery = Discovery()
-    for error in broken:
-        # A file that cannot be read may be a slice of any patient, so it is reported and its patient is found
-        # incomplete, if it is, by the gap it leaves.
-        name = os.path.basename(error.file or "file")
-        discovery.refusals.append(Refusal(name, error.what, error.remedy, error.file, of_case=False))
+    faults = broken_files(broken)
+    known = set()
     for patient, members in sorted(group_patients(files, source).items()):
         # MR is not converted, but which RTSTRUCT was drawn on it decides which one counts.
         used = [file for file in members if file.modality in ("CT", "PT", "RTSTRUCT", "MR")]
@@ -64,7 +61,15 @@ def discover(source: Path, options: Mapping[str, Any], progress: Callable[[], No
             continue
         payload = PatientFiles.of(members)
         identifier = clean_identifier(patient) or "patient"
+        places = {os.path.dirname(file.path) for file in used if file.modality != "MR"}
+        known |= places
+        error = next((faults[place] for place in sorted(places) if place in faults), None)
+        if error is not None:
+            # It may be a slice at an end, which leaves no gap, or the contours that count.
+            discovery.refusals.append(Refusal(identifier, error.what, error.remedy, error.file))
+            continue
         discovery.cases.append(Case(identifier, patient, tuple(sorted(file.path for file in used)), payload))
+    discovery.add_faults(error for folder, error in faults.items() if folder not in known)
     return discovery
 
 

@@ -48,7 +48,7 @@ def write_study(
         "PET": image(np.float32(x * 1000.0), pet_grid, direction),
         "SUV": image(np.float32(x * 0.5 + seg * 10), pet_grid, direction),
         "SEG": image(seg, pet_grid, direction),
-        **{name: value for name, value in changes.items() if name in ("CTres", "SUV", "SEG")},
+        **{name: value for name, value in changes.items() if name in ("CT", "CTres", "SUV", "SEG")},
     }
     for name, content in parts.items():
         if content is not None:
@@ -234,12 +234,63 @@ def test_lesions_outside_the_pet_are_refused(raw, tmp_path, capsys):
     assert "SEG.nii.gz: has lesions outside its PET" in capsys.readouterr().err
 
 
-def test_ct_and_pet_at_different_places(raw, tmp_path, capsys):
+MIRRORED = (1.0, 0, 0, 0, 1.0, 0, 0, 0, 1.0)
+
+
+@pytest.mark.parametrize("change", [lambda ct: ct.SetDirection(MIRRORED), lambda ct: ct.SetOrigin((2000.0, 0.0, 0.0))])
+def test_ctres_on_another_grid_is_refused(raw, tmp_path, capsys, change):
+    """The release resampled it to the PET: anything else is a wrong header or another study's file."""
     ct = image(np.full((10, 14, 16), -500, np.float32), (2.0, 2.0, 3.0))
-    ct.SetOrigin((2000.0, 0.0, 0.0))
+    change(ct)
     write_study(tmp_path / "r", HEXES[0], CTres=ct)
     assert convert(tmp_path / "r") == 2
+    assert "CTres.nii.gz: is on another grid than its PET" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flags", [(), ("--grid", "ct")])
+@pytest.mark.parametrize("change", [lambda ct: ct.SetDirection(MIRRORED), lambda ct: ct.SetOrigin((2000.0, 0.0, 0.0))])
+def test_ct_elsewhere_or_mirrored(raw, tmp_path, capsys, change, flags):
+    ct = image(np.full((20, 28, 32), -500, np.float32), (1.0, 1.0, 1.5))
+    change(ct)
+    write_study(tmp_path / "r", HEXES[0], CTres=None, CT=ct)
+    assert convert(tmp_path / "r", *flags) == 2
     assert "CT and PET lie at different places" in capsys.readouterr().err
+
+
+def test_ct_that_does_not_cover_the_lesions(raw, tmp_path, capsys):
+    """CT of the lower half, lesions in the upper one."""
+    seg = np.zeros((10, 14, 16), np.uint8)
+    seg[8:, 5:9, 6:10] = 1
+    ct = image(np.full((10, 28, 32), -500, np.float32), (1.0, 1.0, 1.5))
+    write_study(tmp_path / "r", HEXES[0], CTres=None, CT=ct, SEG=image(seg, (2.0, 2.0, 3.0)))
+    assert convert(tmp_path / "r") == 2
+    assert "the CT does not cover the tumour" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("values", "code"), [((0, 255), 0), ((0, 7), 2), ((0, 1, 2), 2), ((0, 0.5), 2)])
+def test_label_values(raw, tmp_path, capsys, values, code):
+    seg = np.zeros((10, 14, 16), np.float32 if 0.5 in values else np.uint8)
+    seg[4, 5, : len(values)] = values
+    write_study(tmp_path / "r", HEXES[0], SEG=image(seg, (2.0, 2.0, 3.0)))
+    assert convert(tmp_path / "r") == code
+    if code:
+        assert "SEG.nii.gz: holds label values 0, " in capsys.readouterr().err
+    else:
+        label = sitk.ReadImage(str(raw / DATASET / "labelsTr" / f"fdg_{HEXES[0]}_20030323.nii.gz"))
+        np.testing.assert_array_equal(sitk.GetArrayFromImage(label), seg // 255)
+
+
+def test_a_study_in_the_test_set_takes_its_patients_others_along(raw, release, capsys):
+    assert convert(release, "--test", f"fdg_{HEXES[0]}_20030323") == 0
+    assert {path.name[:14] for path in (raw / DATASET / "labelsTs").iterdir()} == {f"fdg_{HEXES[0]}"}
+    assert len(list((raw / DATASET / "labelsTs").iterdir())) == 2
+    assert "all 2 studies of the patient go to the test set" in capsys.readouterr().err
+
+
+def test_incomplete_studies_are_named(raw, release, capsys):
+    folder = write_study(release, "deadbeef00", SUV=None, SEG=None)
+    assert convert(release) == 1
+    assert f"refused fdg_deadbeef00_20030323: {folder}: lacks SEG.nii.gz, SUV.nii.gz" in capsys.readouterr().err
 
 
 def test_six_two_two(raw, tmp_path):

@@ -167,6 +167,75 @@ def _no_weight(study: Patient) -> None:
         header.save_as(path)
 
 
+def _pet_files(study: Patient) -> list[Path]:
+    """In slice order."""
+    files = (study.folder / "2.000000-b-2").iterdir()
+    return sorted(files, key=lambda path: float(pydicom.dcmread(path).ImagePositionPatient[2]))
+
+
+def _cut_last_slice(study: Patient) -> None:
+    path = _pet_files(study)[-1]
+    path.write_bytes(path.read_bytes()[:300])
+
+
+def _empty_last_slice(study: Patient) -> None:
+    _pet_files(study)[-1].write_bytes(b"")
+
+
+def _last_slice_links_to_nothing(study: Patient) -> None:
+    path = _pet_files(study)[-1]
+    path.unlink()
+    path.symlink_to("nowhere.dcm")
+
+
+def _last_slice_of_a_stated_number_gone(study: Patient) -> None:
+    files = _pet_files(study)
+    for path in files:
+        header = pydicom.dcmread(path)
+        header.NumberOfSlices = len(files)
+        header.save_as(path)
+    files[-1].unlink()
+
+
+def _two_series_of_one_uid(study: Patient) -> None:
+    """A second CT, half a slice beside the first, numbered alike."""
+    uid = ""
+    for number, path in enumerate(sorted((study.folder / "1.000000-a-1").iterdir())):
+        header = pydicom.dcmread(path)
+        uid, header.InstanceNumber = header.SeriesInstanceUID, number
+        header.save_as(path)
+    study.write_ct(folder=study.folder / "more", origin=(0.0, 0.0, 2.0), SeriesInstanceUID=uid)
+    for number, path in enumerate(sorted((study.folder / "more").iterdir())):
+        header = pydicom.dcmread(path)
+        header.InstanceNumber = number
+        header.save_as(path)
+
+
+def _mirrored_ct(study: Patient) -> None:
+    for path in (study.folder / "1.000000-a-1").iterdir():
+        header = pydicom.dcmread(path)
+        header.ImageOrientationPatient = [1, 0, 0, 0, -1, 0]
+        header.save_as(path)
+
+
+def _slope_zero(study: Patient) -> None:
+    path = next((study.folder / "1.000000-a-1").iterdir())
+    header = pydicom.dcmread(path)
+    header.RescaleSlope = 0
+    header.save_as(path)
+
+
+def _seg_of_something_else(study: Patient) -> None:
+    (study.folder / "3.000000-c-3" / "1-1.dcm").unlink()
+    other = Study(study.study.patient)
+    other.study_uid = study.study.study_uid
+
+    def change(dataset: pydicom.Dataset) -> None:
+        dataset.ReferencedSeriesSequence[0].SeriesInstanceUID = "1.2.3"
+
+    write_seg(study.folder / "3.000000-c-3" / "1-1.dcm", other, _pet_files(study), [lesions()], change=change)
+
+
 @pytest.mark.parametrize(
     ("damage", "what"),
     [
@@ -176,6 +245,14 @@ def _no_weight(study: Patient) -> None:
         (_two_segs, "has 2 SEGs of its PET"),
         (_no_ct, "has no CT series"),
         (_no_weight, "(0010,1030) PatientWeight is missing"),
+        (_cut_last_slice, "is "),
+        (_empty_last_slice, "is cut off or empty"),
+        (_last_slice_links_to_nothing, "is a link to a file that is not there"),
+        (_last_slice_of_a_stated_number_gone, "(0054,0081) NumberOfSlices is 12, 11 are there"),
+        (_two_series_of_one_uid, "holds several series under one UID: it has the InstanceNumber"),
+        (_mirrored_ct, "CT and PET lie at different places"),
+        (_slope_zero, "RescaleSlope is 0"),
+        (_seg_of_something_else, "names neither its PET's series nor its frame of reference"),
     ],
 )
 def test_refused(raw, source, capfd, damage, what):
@@ -221,3 +298,33 @@ def test_study_without_date_or_id(raw, source):
     assert convert(source) == 0
     (label,) = (raw / DATASET / "labelsTr").iterdir()
     assert label.name == f"fdg_somebody_{patient.study.study_uid[-5:]}.nii.gz"
+
+
+def test_drop_negatives_does_not_drop_what_lacks_its_seg(raw, source, capsys):
+    write_study(source)
+    write_study(source, "PETCT_01140d52d8", seg=False)
+    assert convert(source, "--drop-negatives") == 1
+    assert "has no SEG" in capsys.readouterr().err
+    assert convert(source, "--drop-negatives", "--missing-seg", "negative") == 0
+    report = json.loads((raw / DATASET / "conversion_report.json").read_text())
+    assert list(report["passed_over"]) == ["fdg_01140d52d8_20030323"]
+
+
+def test_patient_by_its_folder_where_the_header_has_none(raw, source):
+    for date in ("20030323", "20040801"):
+        study = write_study(source, "PETCT_0011f3deaf", date=date)
+        for path in study.folder.rglob("*.dcm"):
+            header = pydicom.dcmread(path)
+            header.PatientID = header.PatientName = ""
+            header.save_as(path)
+    write_study(source, "PETCT_01140d52d8")
+    assert convert(source) == 0
+    splits = json.loads((raw / DATASET / "splits_final.json").read_text())
+    assert splits[0]["val"] == ["fdg_0011f3deaf_20030323", "fdg_0011f3deaf_20040801"]
+
+
+def test_a_copy_of_a_seg_is_no_second_one(raw, source):
+    study = write_study(source)
+    path = study.folder / "3.000000-c-3" / "1-1.dcm"
+    path.with_name("copy.dcm").write_bytes(path.read_bytes())
+    assert convert(source) == 0

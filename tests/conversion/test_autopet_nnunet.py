@@ -147,7 +147,7 @@ def test_images_without_label(raw, source, capsys):
 def test_unusable_folds(raw, release, capsys, content):
     (release / "splits_final.json").write_text(content)
     assert convert(release) == 0
-    assert "folds were drawn anew" in capsys.readouterr().err or content == "{}"
+    assert "folds were drawn anew" in capsys.readouterr().err
     assert len(json.loads((raw / DATASET / "splits_final.json").read_text())) == 3
 
 
@@ -156,3 +156,31 @@ def test_folds_that_leak(raw, release, capsys):
     (release / "splits_final.json").write_text(json.dumps(folds))
     assert convert(release) == 0
     assert "have 2 patients on both sides (e.g. fdg_0011f3deaf)" in capsys.readouterr().err
+
+
+def test_a_case_in_no_fold_is_named(raw, release, capsys):
+    folds = [{"train": [FDG, FDG_LATER], "val": [PSMA, PSMA_LATER]}]
+    (release / "splits_final.json").write_text(json.dumps(folds))
+    assert convert(release) == 0
+    error = capsys.readouterr().err
+    assert (
+        f"1 cases are in none of the folds that came with the data and are not trained on (e.g. {CLEAN[PSMA_OTHER]}"
+        in error
+    )
+
+
+def test_a_label_without_images(raw, release, capsys):
+    for channel in (0, 1):
+        (release / "imagesTr" / f"{PSMA}_{channel:04d}.nii.gz").unlink()
+    assert convert(release) == 1
+    assert f"refused {CLEAN[PSMA]}: {release}: lacks imagesTr/{PSMA}_0000.nii.gz" in capsys.readouterr().err
+
+
+def test_channels_on_two_grids(raw, source, capsys):
+    write_case(source, FDG)
+    path = source / "imagesTr" / f"{FDG}_0000.nii.gz"
+    ct = sitk.ReadImage(str(path))
+    ct.SetOrigin((3.0, 0.0, 0.0))
+    sitk.WriteImage(ct, str(path))
+    assert convert(source) == 2
+    assert "_0000.nii.gz: is on another grid than its PET (origin" in capsys.readouterr().err

@@ -143,6 +143,30 @@ def test_drawn_on_another_grid_is_resampled(tmp_path):
     assert "resampled" in decoded.notes[-1]
 
 
+def test_frames_far_apart_on_another_grid_are_not_smeared(tmp_path):
+    """Drawn on the CT in two slices of twelve, empty frames left out: nothing between them."""
+    pet = Pet(tmp_path)
+    ct = pet.patient.write_ct()
+    fine = np.zeros((12, 36, 40), np.uint8)
+    fine[1, 10:14, 10:14] = fine[10, 20:24, 10:14] = 1
+    decoded = decode(str(write_seg(tmp_path / "seg.dcm", pet.patient.study, ct, [fine])), pet.stack)
+    assert np.flatnonzero(decoded.mask.any(axis=(1, 2))).tolist() == [1, 10]
+
+
+def test_slices_twice_as_thick_fill_the_pet_slices_between(tmp_path):
+    """Every second PET slice has a SEG slice of 8 mm on it; the one above lies as near to it as to the next."""
+    pet = Pet(tmp_path)
+    mask = np.zeros(SHAPE, np.uint8)
+    mask[2:9:2, 3:6, 4:11] = 1
+
+    def thick(dataset):
+        dataset.SharedFunctionalGroupsSequence[0].PixelMeasuresSequence[0].SliceThickness = 8.0
+
+    decoded = decode(pet.seg(mask, change=thick), pet.stack)
+    np.testing.assert_array_equal(np.flatnonzero(decoded.mask.any(axis=(1, 2))), range(1, 10))
+    assert "resampled" in decoded.notes[-1]
+
+
 def test_header(pet):
     header = read_seg_header(pet.seg(lesions()))
     assert header.series_uids == {pydicom.dcmread(pet.files[0]).SeriesInstanceUID}

@@ -86,7 +86,8 @@ def _cut(content: bytes) -> bytes:
 
 
 def _flipped_bit(content: bytes) -> bytes:
-    return content[:200] + bytes([content[200] ^ 1]) + content[201:]
+    place = len(content) - 200
+    return content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :]
 
 
 @pytest.mark.parametrize("ending", [".nii.gz", ".nii", ".mha"])
@@ -102,9 +103,11 @@ def test_damaged(tmp_path, damage, ending):
     assert "\n" not in str(error.value)
 
 
-def test_flipped_bit_in_compressed_file(tmp_path):
-    path = tmp_path / "x.nii.gz"
+@pytest.mark.parametrize("ending", [".nii.gz", ".mha", ".nrrd"])
+def test_flipped_bit_in_compressed_file(tmp_path, ending):
+    path = tmp_path / f"x{ending}"
     sitk.WriteImage(image(), str(path), useCompression=True)
+    assert_same(read_image(str(path)), image())
     path.write_bytes(_flipped_bit(path.read_bytes()))
     with pytest.raises(ConversionError, match=r"cut off or damaged|cannot be read"):
         read_image(str(path))

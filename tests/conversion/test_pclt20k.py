@@ -234,3 +234,14 @@ def test_volume_of_unequal_slices(raw, release, capsys):
     write_slice(release, "0001_10", CT=small, PET=small, mask=small)
     assert convert(release, "--volumes") == 1
     assert "has 8 x 6 pixels, the patient's first slice 16 x 12" in capsys.readouterr().err
+
+
+def test_one_list_missing(raw, release, capsys):
+    (release / "PCLT20K" / "test.txt").unlink()
+    assert convert(release) == 2
+    assert "train.txt: is there without test.txt; restore test.txt, or --lists ignore" in capsys.readouterr().err
+
+
+def test_no_patients_are_added_to_the_official_test_set(raw, release, capsys):
+    assert convert(release, "--splits", "622") == 2
+    assert "the data has a test set of its own" in capsys.readouterr().err
