@@ -61,7 +61,7 @@ class DicomStudy(Study):
         import SimpleITK as sitk
 
         from dataset_conversion import resampling
-        from dataset_conversion.dicom_pixels import read_volume, with_stack_geometry
+        from dataset_conversion.dicom_pixels import read_onto, read_volume, with_stack_geometry
         from dataset_conversion.dicom_seg import decode
         from dataset_conversion.dicom_series import quiet_dicom
         from dataset_conversion.suv import suv_conversion
@@ -80,13 +80,17 @@ class DicomStudy(Study):
             mask = decoded.mask
             warnings += decoded.notes
         warnings += [f"CT: {note}" for note in ct.notes] + [f"PET: {note}" for note in pet.notes]
-        volumes = [
-            Volume(resampling.oriented(image))
-            for image in (
-                read_volume(ct), read_volume(pet, suv.factors), with_stack_geometry(sitk.GetImageFromArray(mask), pet)
+        pet_image = resampling.oriented(read_volume(pet, suv.factors))
+        if options["grid"] == "pet":
+            ct_grid = resampling.Grid(
+                ct.size, ct.spacing, tuple(ct.origin.tolist()), tuple(ct.direction.ravel().tolist())
             )
-        ]  # fmt: skip
-        written = write_volumes(*volumes, options["grid"], "LPS", writer, warnings)
+            resampling.check_same_place(ct_grid, pet_image, ct.series.folder)
+            ct_volume = Volume(read_onto(ct, pet_image, resampling.FILL_CT), read_from=ct_grid)
+        else:
+            ct_volume = Volume(resampling.oriented(read_volume(ct)))
+        label = Volume(resampling.oriented(with_stack_geometry(sitk.GetImageFromArray(mask), pet)))
+        written = write_volumes(ct_volume, Volume(pet_image), label, options["grid"], "LPS", writer, warnings)
         sources = {
             name: {"series_uid": stack.series.uid, "description": stack.series.description, "files": len(stack.paths),
                    "folder": stack.series.folder}

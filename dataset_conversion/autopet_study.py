@@ -13,6 +13,8 @@ from dataset_conversion.errors import ConversionError
 if TYPE_CHECKING:
     import SimpleITK as sitk
 
+    from dataset_conversion.resampling import Grid
+
 
 #: What programs that save masks as pictures write for 1.
 WHITE = 255
@@ -64,11 +66,18 @@ class Volume:
         image: the volume.
         path: the file it is in, ``""`` where it was put together from several.
         as_it_is: False where the file's values must not be taken over as they are.
+        read_from: the grid it was on before it was read onto that of ``image``, None where that is its own.
     """
 
     image: sitk.Image
     path: str = ""
     as_it_is: bool = True
+    read_from: Grid | None = None
+
+    @property
+    def grid(self) -> sitk.Image | Grid:
+        """Its own grid."""
+        return self.image if self.read_from is None else self.read_from
 
 
 def lesion_label(label: sitk.Image, path: str, warnings: list[str]) -> tuple[sitk.Image, bool]:
@@ -95,7 +104,7 @@ def lesion_label(label: sitk.Image, path: str, warnings: list[str]) -> tuple[sit
     return sitk.Cast(label, sitk.sitkUInt8), "integer" in label.GetPixelIDTypeAsString()
 
 
-def check_tumour_covered(label: sitk.Image, image: sitk.Image, spoken: str, path: str) -> list[str]:
+def check_tumour_covered(label: sitk.Image, image: sitk.Image | Grid, spoken: str, path: str) -> list[str]:
     """Return a warning where part of the tumour lies outside an image.
 
     Raises:
@@ -142,18 +151,18 @@ def write_volumes(
     inputs = {"CT": (ct, resampling.FILL_CT), "PET": (pet, resampling.FILL_PET)}
     if label is not None:
         inputs["label"] = (label, 0.0)
-    before = {name: resampling.grid_record(volume.image) for name, (volume, _) in inputs.items()}
+    before = {name: resampling.grid_record(volume.grid) for name, (volume, _) in inputs.items()}
     other, spoken = (pet, "PET") if grid == "ct" else (ct, "CT")
-    resampling.check_same_place(ct.image, pet.image, other.path or None)
-    covered = resampling.overlap(reference.image, other.image)
+    resampling.check_same_place(ct.grid, pet.grid, other.path or None)
+    covered = resampling.overlap(reference.grid, other.grid)
     if covered < 0.99:
         warnings.append(f"the {spoken} covers {covered:.1%} of the {grid.upper()} grid; it is filled elsewhere")
     if label is not None:
-        warnings += check_tumour_covered(label.image, other.image, spoken, label.path)
+        warnings += check_tumour_covered(label.image, other.grid, spoken, label.path)
     resampled: dict[str, bool] = {}
     final: dict[str, sitk.Image] = {}
     for channel, (name, (volume, fill)) in zip((0, 1, None), inputs.items(), strict=False):
-        same = resampling.same_grid(volume.image, reference.image)
+        same = resampling.same_grid(volume.grid, reference.grid)
         resampled[name] = not same
         fits = same and volume.as_it_is and fits_as_it_is(volume.image, volume.path, name == "label", orientation)
         if fits:

@@ -13,6 +13,9 @@ if TYPE_CHECKING:
     import SimpleITK as sitk
     from pydicom.dataset import Dataset
 
+# Slices of the wanted grid made at a time.
+_SLAB = 16
+
 
 def read_volume(stack: SliceStack, factors: np.ndarray | None = None) -> sitk.Image:
     """Read the pixels of a stack, rescaled slice by slice.
@@ -31,36 +34,100 @@ def read_volume(stack: SliceStack, factors: np.ndarray | None = None) -> sitk.Im
 
     columns, rows, slices = stack.size
     volume = np.empty((slices, rows, columns), dtype=np.float32)
-    unscaled = 0
     with quiet_dicom():
-        for index, path in enumerate(stack.paths):
-            header = stack.headers[index]
-            slope, intercept = header.get("RescaleSlope"), header.get("RescaleIntercept")
-            if slope is None:
-                if stack.series.modality == "PT":
-                    raise ConversionError("(0028,1053) RescaleSlope is missing", "restore the tag", path)
-                unscaled += 1
-            try:
-                scale = (float(1 if slope is None else slope), float(intercept or 0))
-            except ValueError as error:
-                raise ConversionError(
-                    f"RescaleSlope {slope!r} or RescaleIntercept {intercept!r} is no number", "correct the tag", path
-                ) from error
-            if not scale[0] or not np.isfinite(scale).all():
-                raise ConversionError(f"RescaleSlope is {slope}", "correct the tag", path)
-            values = _stored_values(path)
-            if values.shape != (rows, columns):
-                raise ConversionError(
-                    f"holds pixels of shape {values.shape}, not {(rows, columns)}", "grey images are needed", path
-                )
-            values = values.astype(np.float64) * scale[0] + scale[1]
+        for index in range(slices):
+            values = _read_slice(stack, index)
             volume[index] = values if factors is None else values * factors[index]
-    if unscaled:
-        stack.notes.append(f"{unscaled} slices have no RescaleSlope; their stored values were taken as they are")
-    if not np.isfinite(volume).all():
-        raise ConversionError(f"{stack.series} holds values that are no numbers", None, stack.paths[0])
+    _note_unscaled(stack)
+    _check_numbers(stack, volume)
     image = sitk.GetImageFromArray(volume)
     return with_stack_geometry(image, stack)
+
+
+def read_onto(stack: SliceStack, reference: sitk.Image, fill: float) -> sitk.Image:
+    """Read a stack onto another grid, linearly interpolated, without holding more than some of its slices at a time.
+
+    Args:
+        stack: from ``read_stack``; a CT may be ten times as large as the PET whose grid is wanted.
+        reference: image whose grid is wanted.
+        fill: value outside the stack.
+
+    Returns:
+        float32 SimpleITK image, the same as that of resampling ``read_volume(stack)``.
+
+    Raises:
+        ConversionError: pixels of a slice that is needed cannot be read.
+    """
+    import SimpleITK as sitk
+
+    size = reference.GetSize()
+    result = np.full(size[::-1], fill, dtype=np.float32)
+    last, kept = stack.size[2] - 1, {}
+    with quiet_dicom():
+        for start in range(0, size[2], _SLAB):
+            stop = min(start + _SLAB, size[2])
+            low, high = _slices_between(stack, reference, start, stop)
+            if high < 0 or low > last:
+                continue
+            wanted = range(max(low, 0), min(high, last) + 1)
+            kept = {index: kept[index] if index in kept else np.float32(_read_slice(stack, index)) for index in wanted}
+            part = sitk.GetImageFromArray(np.stack([kept[index] for index in wanted]))
+            _check_numbers(stack, sitk.GetArrayViewFromImage(part))
+            with_stack_geometry(part, stack)
+            part.SetOrigin((stack.origin + wanted[0] * stack.spacing[2] * stack.direction[:, 2]).tolist())
+            slab = sitk.Image(size[0], size[1], stop - start, sitk.sitkUInt8)
+            slab.SetSpacing(reference.GetSpacing())
+            slab.SetDirection(reference.GetDirection())
+            slab.SetOrigin(reference.TransformIndexToPhysicalPoint((0, 0, start)))
+            moved = sitk.Resample(part, slab, sitk.Transform(), sitk.sitkLinear, fill, sitk.sitkFloat32)
+            result[start:stop] = sitk.GetArrayViewFromImage(moved)
+    _note_unscaled(stack)
+    image = sitk.GetImageFromArray(result)
+    image.CopyInformation(reference)
+    return image
+
+
+def _slices_between(stack: SliceStack, reference: sitk.Image, start: int, stop: int) -> tuple[int, int]:
+    """Return the first and last slice of a stack that linear interpolation may need for some slices of a grid."""
+    columns, rows, _ = reference.GetSize()
+    corners = [(x, y, z) for x in (0, columns - 1) for y in (0, rows - 1) for z in (start, stop - 1)]
+    points = np.array([reference.TransformIndexToPhysicalPoint(corner) for corner in corners])
+    along = stack.to_index(points)[:, 2] / stack.spacing[2]
+    return int(np.floor(along.min())) - 1, int(np.ceil(along.max())) + 1
+
+
+def _read_slice(stack: SliceStack, index: int) -> np.ndarray:
+    """Return the rescaled values of one slice, float64, shape (rows, columns)."""
+    columns, rows, _ = stack.size
+    header, path = stack.headers[index], stack.paths[index]
+    slope, intercept = header.get("RescaleSlope"), header.get("RescaleIntercept")
+    if slope is None and stack.series.modality == "PT":
+        raise ConversionError("(0028,1053) RescaleSlope is missing", "restore the tag", path)
+    try:
+        scale = (float(1 if slope is None else slope), float(intercept or 0))
+    except ValueError as error:
+        raise ConversionError(
+            f"RescaleSlope {slope!r} or RescaleIntercept {intercept!r} is no number", "correct the tag", path
+        ) from error
+    if not scale[0] or not np.isfinite(scale).all():
+        raise ConversionError(f"RescaleSlope is {slope}", "correct the tag", path)
+    values = _stored_values(path)
+    if values.shape != (rows, columns):
+        raise ConversionError(
+            f"holds pixels of shape {values.shape}, not {(rows, columns)}", "grey images are needed", path
+        )
+    return values.astype(np.float64) * scale[0] + scale[1]
+
+
+def _note_unscaled(stack: SliceStack) -> None:
+    unscaled = sum(header.get("RescaleSlope") is None for header in stack.headers)
+    if unscaled:
+        stack.notes.append(f"{unscaled} slices have no RescaleSlope; their stored values were taken as they are")
+
+
+def _check_numbers(stack: SliceStack, values: np.ndarray) -> None:
+    if not np.isfinite(values).all():
+        raise ConversionError(f"{stack.series} holds values that are no numbers", None, stack.paths[0])
 
 
 def with_stack_geometry(image: sitk.Image, stack: SliceStack) -> sitk.Image:

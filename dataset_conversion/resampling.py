@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -22,13 +23,48 @@ FILL_CT = -1024.0
 FILL_PET = 0.0
 
 
-def corners(image: sitk.Image) -> np.ndarray:
+@dataclass(frozen=True)
+class Grid:
+    """Size, spacing, origin and direction (x, y, z order, mm, LPS) of voxels that are not in memory.
+
+    It answers as a SimpleITK image does where only geometry is asked for.
+    """
+
+    size: tuple[int, int, int]
+    spacing: tuple[float, float, float]
+    origin: tuple[float, float, float]
+    direction: tuple[float, ...]
+
+    def GetSize(self) -> tuple[int, int, int]:
+        """Return the number of voxels."""
+        return self.size
+
+    def GetSpacing(self) -> tuple[float, float, float]:
+        """Return the spacing in mm."""
+        return self.spacing
+
+    def GetOrigin(self) -> tuple[float, float, float]:
+        """Return the centre of the first voxel in mm."""
+        return self.origin
+
+    def GetDirection(self) -> tuple[float, ...]:
+        """Return the direction matrix row by row."""
+        return self.direction
+
+
+def to_world(grid: sitk.Image | Grid, index: np.ndarray) -> np.ndarray:
+    """Return the positions (n, 3), mm, LPS, of voxel indices (n, 3), order x, y, z."""
+    matrix = np.array(grid.GetDirection()).reshape(3, 3) * np.array(grid.GetSpacing())
+    return index @ matrix.T + np.array(grid.GetOrigin())
+
+
+def corners(image: sitk.Image | Grid) -> np.ndarray:
     """Return the physical positions of the eight corner voxels, shape (8, 3), mm, LPS."""
     ends = [(0, size - 1) for size in image.GetSize()]
-    return np.array([image.TransformIndexToPhysicalPoint(index) for index in itertools.product(*ends)])
+    return to_world(image, np.array(list(itertools.product(*ends)), dtype=float))
 
 
-def same_grid(first: sitk.Image, second: sitk.Image) -> bool:
+def same_grid(first: sitk.Image | Grid, second: sitk.Image | Grid) -> bool:
     """True where both images have the same size and the same corners to 1 % of a voxel."""
     if first.GetSize() != second.GetSize():
         return False
@@ -54,14 +90,14 @@ def same_lattice(first: sitk.Image, second: sitk.Image) -> bool:
     return bool(np.abs(offset - offset.round()).max() <= LATTICE_VOXELS)
 
 
-def overlap(grid: sitk.Image, image: sitk.Image) -> float:
+def overlap(grid: sitk.Image | Grid, image: sitk.Image | Grid) -> float:
     """Return which part of a grid's box lies within another image's box, 0 to 1, to about 1 %."""
     axes = [np.unique(np.linspace(0, size - 1, 24).round()) for size in grid.GetSize()]
     points = np.stack(np.meshgrid(*axes, indexing="ij"), axis=-1).reshape(-1, 3)
     return fraction_inside(points, grid, image)
 
 
-def check_same_place(ct: sitk.Image, pet: sitk.Image, path: str | None) -> None:
+def check_same_place(ct: sitk.Image | Grid, pet: sitk.Image | Grid, path: str | None) -> None:
     """Raise where CT and PET share so little that they cannot be of one examination, or an axis is mirrored."""
     shared = max(overlap(ct, pet), overlap(pet, ct))
     if shared >= SHARED_AT_LEAST:
@@ -71,7 +107,7 @@ def check_same_place(ct: sitk.Image, pet: sitk.Image, path: str | None) -> None:
     raise ConversionError(what, "check direction and origin, or whether they are of one patient", path)
 
 
-def describe_difference(image: sitk.Image, other: sitk.Image) -> str:
+def describe_difference(image: sitk.Image | Grid, other: sitk.Image | Grid) -> str:
     """Return in words what differs between two grids: size, spacing, direction or position."""
     sizes = image.GetSize(), other.GetSize()
     if sizes[0] != sizes[1]:
@@ -110,7 +146,7 @@ def onto_grid(
     return sitk.Resample(image, reference, sitk.Transform(), interpolator, fill, kind), True
 
 
-def orientation_code(image: sitk.Image) -> str:
+def orientation_code(image: sitk.Image | Grid) -> str:
     """Return the directions the axes run to, e.g. ``LPS`` for the identity direction."""
     import SimpleITK as sitk
 
@@ -140,7 +176,7 @@ def oriented(image: sitk.Image, code: str = "LPS") -> sitk.Image:
     return exact
 
 
-def grid_record(image: sitk.Image) -> dict[str, Any]:
+def grid_record(image: sitk.Image | Grid) -> dict[str, Any]:
     """Return size, spacing, origin and direction (x, y, z order, mm, LPS), ready for JSON."""
     return {
         "size": list(image.GetSize()),
@@ -151,7 +187,7 @@ def grid_record(image: sitk.Image) -> dict[str, Any]:
     }
 
 
-def fraction_inside(voxels: np.ndarray, grid: sitk.Image, image: sitk.Image) -> float:
+def fraction_inside(voxels: np.ndarray, grid: sitk.Image | Grid, image: sitk.Image | Grid) -> float:
     """Return which part of some voxels of a grid lies within another image.
 
     Args:
@@ -162,8 +198,7 @@ def fraction_inside(voxels: np.ndarray, grid: sitk.Image, image: sitk.Image) -> 
     Returns:
         0 to 1.
     """
-    to_world = np.array(grid.GetDirection()).reshape(3, 3) * np.array(grid.GetSpacing())
-    world = voxels @ to_world.T + np.array(grid.GetOrigin())
+    world = to_world(grid, voxels)
     to_index = np.linalg.inv(np.array(image.GetDirection()).reshape(3, 3) * np.array(image.GetSpacing()))
     index = (world - np.array(image.GetOrigin())) @ to_index.T
     inside = ((index >= -0.5) & (index <= np.array(image.GetSize()) - 0.5)).all(axis=1)

@@ -328,3 +328,27 @@ def test_a_copy_of_a_seg_is_no_second_one(raw, source):
     path = study.folder / "3.000000-c-3" / "1-1.dcm"
     path.with_name("copy.dcm").write_bytes(path.read_bytes())
     assert convert(source) == 0
+
+
+@pytest.mark.parametrize("orientation", [(1, 0, 0, 0, 1, 0), (1, 0, 0, 0, -1, 0), (0, 1, 0, 0, 0, -1)])
+@pytest.mark.parametrize("slab", [1, 5, 100])
+def test_reading_onto_a_grid_is_resampling(tmp_path, monkeypatch, orientation, slab):
+    """Some slices at a time or all at once: the same values, also beyond the ends and with other axes."""
+    import dataset_conversion.dicom_pixels as pixels
+    from dataset_conversion.dicom_series import group_series, read_stack, scan
+
+    monkeypatch.setattr(pixels, "_SLAB", slab)
+    study = Patient(tmp_path, "x")
+    values = np.random.default_rng(0).integers(-1000, 1000, (12, 36, 40))
+    study.write_ct(values=values, orientation=orientation)
+    stack = read_stack(group_series(scan(tmp_path)[0], ("CT",))[0])
+    whole = pixels.read_volume(stack)
+    centre = np.array(whole.TransformContinuousIndexToPhysicalPoint([(n - 1) / 2 for n in whole.GetSize()]))
+    reference = sitk.Image(30, 28, 40, sitk.sitkUInt8)
+    reference.SetSpacing((3.3, 3.1, 2.7))
+    reference.SetOrigin((centre - (30 * 3.3 / 2, 28 * 3.1 / 2, 40 * 2.7 / 2)).tolist())
+    expected = sitk.GetArrayFromImage(sitk.Resample(whole, reference, sitk.Transform(), sitk.sitkLinear, -1024.0))
+    read = pixels.read_onto(stack, reference, -1024.0)
+    assert (expected == -1024).any()
+    assert (expected != -1024).any()
+    np.testing.assert_allclose(sitk.GetArrayFromImage(read), expected, atol=1e-3)
