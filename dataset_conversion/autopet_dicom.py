@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dataset_conversion.autopet_names import of_dicom, patient_of_folder
@@ -145,6 +146,8 @@ class DicomStudy(Study):
 
 def _only(candidates: Sequence[ImageSeries], seg: SegHeader | None, spoken: str) -> ImageSeries:
     """Return the one series there is; of several the one of the SEG's frame of reference."""
+    if not candidates:
+        raise ConversionError(f"has no {spoken} series but scouts", "restore its files")
     if len(candidates) > 1 and seg is not None:
         candidates = [item for item in candidates if item.frame_of_reference == seg.frame_of_reference] or candidates
     if len(candidates) > 1:
@@ -188,6 +191,9 @@ def _study(files: Sequence[DicomFile], options: Mapping[str, Any], faults: Mappi
         segs=tuple(sorted(file.path for file in files if file.modality == "SEG")),
     )  # fmt: skip
     broken = next((faults[place] for file in files if (place := os.path.dirname(file.path)) in faults), None)
+    if broken is None and not any(file.modality == "SEG" for file in files) and options["missing_seg"] == "negative":
+        # What cannot be read below the study's folder may be its SEG.
+        broken = next((error for place, error in faults.items() if Path(place).is_relative_to(folder)), None)
     if broken is not None:
         # A slice at an end would leave no gap.
         return replace(study, fault=broken)

@@ -110,6 +110,7 @@ def find(
     """Return the cases of nnU-Net folders among some files, and take over their folds."""
     channels: dict[tuple[str, str], dict[int, str]] = {}
     volumes: dict[tuple[str, str], str] = {}
+    twice: dict[str, ConversionError] = {}
     folds: list[str] = []
     for path in paths:
         folder, name = os.path.split(path)
@@ -119,6 +120,9 @@ def find(
         if not ending:
             continue
         stem = name[: -len(ending)]
+        if (folder, stem) in volumes:
+            what = f"is there twice, also as {volumes[folder, stem]}"
+            twice[stem] = ConversionError(what, "remove one of the two", path)
         match = _CHANNEL.match(stem)
         if match is not None:
             channels.setdefault((folder, match["identifier"]), {})[int(match["channel"])] = path
@@ -138,6 +142,8 @@ def find(
             orientation=orientation, labelled=bool(label), is_test=images == "imagesTs", released_as=identifier,
             channels=(files.get(0, ""), files.get(1, "")), label=label, more_channels=len(set(files) - {0, 1}),
         )  # fmt: skip
+        names = (identifier, f"{identifier}_0000", f"{identifier}_0001")
+        study = replace(study, fault=next((twice[name] for name in names if name in twice), None))
         missing = [f"{images}/{identifier}_{channel:04d}.nii.gz" for channel in (0, 1) if channel not in files]
         if not label and not study.is_test:
             missing.append(f"{os.path.basename(labels)}/{identifier}.nii.gz")

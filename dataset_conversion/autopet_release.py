@@ -102,11 +102,14 @@ def find(
 ) -> list[Study]:
     """Return the study folders among some files: those that hold a SUV or a SEG."""
     folders: dict[str, dict[str, str]] = {}
+    twice: dict[str, ConversionError] = {}
     for path in paths:
         folder, name = os.path.split(path)
         part = _PARTS.get(name)
         if part is not None:
-            folders.setdefault(folder, {})[part] = path
+            if part in folders.setdefault(folder, {}):
+                twice[folder] = ConversionError(f"is there twice, also as {folders[folder][part]}", "remove one", path)
+            folders[folder][part] = path
     folders = {folder: parts for folder, parts in sorted(folders.items()) if {"CTres", "SUV", "SEG"} & set(parts)}
     studies: list[Study] = []
     orientation = usual_orientation([parts["SUV"] for parts in folders.values() if "SUV" in parts])
@@ -115,6 +118,7 @@ def find(
             of_folder(folder), folder, tuple(sorted(parts.values())), orientation=orientation, parts=parts
         )
         missing = sorted(({"SUV", "SEG"} | ({"CT"} if options["grid"] == "ct" else set())) - set(parts))
+        study = replace(study, fault=twice.get(folder))
         missing += [] if {"CT", "CTres"} & set(parts) else ["CTres"]
         if missing:
             files = ", ".join(f"{name}.nii.gz" for name in missing)

@@ -98,6 +98,8 @@ def lesion_label(label: sitk.Image, path: str, warnings: list[str]) -> tuple[sit
         values = np.unique(view).tolist()
         shown = ", ".join(f"{value:g}" for value in values[:5])
         raise ConversionError(f"holds label values {shown}", "0 and 1 are expected", path)
+    if set_voxels == view.size:
+        raise ConversionError("has no background: every voxel is set", "restore the file", path)
     if highest == WHITE:
         warnings.append("lesions have the value 255 in the label; written as 1")
         return sitk.Cast(label != 0, sitk.sitkUInt8), False
@@ -158,7 +160,10 @@ def write_volumes(
     if covered < 0.99:
         warnings.append(f"the {spoken} covers {covered:.1%} of the {grid.upper()} grid; it is filled elsewhere")
     if label is not None:
-        warnings += check_tumour_covered(label.image, other.grid, spoken, label.path)
+        warnings += check_tumour_covered(label.image, ct.grid, "CT", label.path)
+        warnings += check_tumour_covered(label.image, pet.grid, "PET", label.path)
+    if resampling.is_oblique(reference.grid):
+        warnings.append("the grid is oblique; nnU-Net ignores the direction, so it is kept as it is")
     resampled: dict[str, bool] = {}
     final: dict[str, sitk.Image] = {}
     for channel, (name, (volume, fill)) in zip((0, 1, None), inputs.items(), strict=False):

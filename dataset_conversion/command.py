@@ -6,6 +6,7 @@ Exit codes: 0 all converted, 1 some patients refused, 2 nothing done, 130 interr
 from __future__ import annotations
 
 import argparse
+import contextlib
 import io
 import os
 import shlex
@@ -13,7 +14,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from dataset_conversion import raw_dataset
 from dataset_conversion.cases import Discovery, Recipe, Refusal
@@ -159,7 +160,7 @@ def _execute(recipe: Recipe, arguments: argparse.Namespace) -> int:
     for text in discovery.notes:
         print_error(f"warning: {text}")
     _print_notes([f"note: {case_id}: {text}" for case_id, texts in outcome.notes.items() for text in texts])
-    print(
+    say(
         f"{dataset}: {len(outcome.converted)} cases converted, {len(outcome.kept)} kept from an earlier run, "
         f"{len(outcome.refusals)} refused; details in conversion_report.json"
     )
@@ -177,7 +178,7 @@ def _execute(recipe: Recipe, arguments: argparse.Namespace) -> int:
         )
     for text in outcome.edits:
         print_error(f"warning: {dataset / DATASET_JSON}: {text}")
-    print("next:")
+    say("next:")
     commands = raw_dataset.next_commands(
         recipe.spec,
         arguments.dataset_id,
@@ -187,7 +188,7 @@ def _execute(recipe: Recipe, arguments: argparse.Namespace) -> int:
         prepared is not None,
     )
     for line in commands:
-        print(f"  {line}")
+        say(f"  {line}")
     if not outcome.refusals:
         return ALL_CONVERTED
     print_error(f"{summary}; see {dataset / REPORT}")
@@ -208,16 +209,16 @@ def _with_flags(recipe: Recipe, arguments: argparse.Namespace, discovery: Discov
 def _dry_run(recipe: Recipe, discovery: Discovery, dataset: Path, test: Sequence[str]) -> int:
     test_ids, _ = plan_splits(recipe, discovery, split_test_cases(discovery, test))
     refusals = list(discovery.refusals)
-    print(f"would write {dataset}:")
+    say(f"would write {dataset}:")
     for case in discovery.cases:
         try:
             line = recipe.describe(case, recipe.options)
         except ConversionError as error:
             refusals.append(Refusal.of(case, error))
             continue
-        print(f"  {case.case_id} ({'test' if case.case_id in test_ids else 'training'}): {line}")
+        say(f"  {case.case_id} ({'test' if case.case_id in test_ids else 'training'}): {line}")
     for name, reason in sorted(discovery.passed_over.items()):
-        print(f"  {name}: left out, {reason}")
+        say(f"  {name}: left out, {reason}")
     for text in discovery.notes:
         print_error(f"warning: {text}")
     if not refusals:
@@ -228,17 +229,44 @@ def _dry_run(recipe: Recipe, discovery: Discovery, dataset: Path, test: Sequence
     return SOME_REFUSED if good else NOTHING_DONE
 
 
+class _Heard:
+    """A stream that goes on when nobody listens (a closed pipe, a full disk): what was converted stays converted."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> None:
+        """Write, or from the first failure on nothing any more."""
+        try:
+            self._stream.write(text)
+            self._stream.flush()
+        except (OSError, ValueError):
+            # Python flushes its streams once more at the end and would fail then.
+            with contextlib.suppress(OSError, ValueError):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())
+
+    def flush(self) -> None:
+        """Nothing is held back."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+def say(text: str) -> None:
+    """Write one line to the output."""
+    _Heard(sys.stdout).write(f"{text}\n")
+
+
 def print_error(text: str) -> None:
     """Write one line to the error stream, after all that was printed before."""
-    sys.stdout.flush()
-    sys.stderr.write(f"{text}\n")
+    _Heard(sys.stderr).write(f"{text}\n")
 
 
 def _print_notes(lines: Sequence[str]) -> None:
     for line in lines[:MAX_NOTES]:
-        print(line)
+        say(line)
     if len(lines) > MAX_NOTES:
-        print(f"note: {len(lines) - MAX_NOTES} more notes are in conversion_report.json")
+        say(f"note: {len(lines) - MAX_NOTES} more notes are in conversion_report.json")
 
 
 def _report_refusals(refusals: Sequence[Refusal]) -> None:
@@ -272,7 +300,7 @@ class _Bar:
         """Show the bar for ``total`` steps and return what advances it."""
         from tqdm import tqdm
 
-        self._bar = tqdm(total=total, desc=self._what, unit=f" {self._unit}", file=sys.stderr, mininterval=0.5)
+        self._bar = tqdm(total=total, desc=self._what, unit=f" {self._unit}", file=_Heard(sys.stderr), mininterval=0.5)
         return self.tick
 
     def tick(self) -> None:

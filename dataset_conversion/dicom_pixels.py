@@ -39,7 +39,6 @@ def read_volume(stack: SliceStack, factors: np.ndarray | None = None) -> sitk.Im
             values = _read_slice(stack, index)
             volume[index] = values if factors is None else values * factors[index]
     _note_unscaled(stack)
-    _check_numbers(stack, volume)
     image = sitk.GetImageFromArray(volume)
     return with_stack_geometry(image, stack)
 
@@ -72,7 +71,6 @@ def read_onto(stack: SliceStack, reference: sitk.Image, fill: float) -> sitk.Ima
             wanted = range(max(low, 0), min(high, last) + 1)
             kept = {index: kept[index] if index in kept else np.float32(_read_slice(stack, index)) for index in wanted}
             part = sitk.GetImageFromArray(np.stack([kept[index] for index in wanted]))
-            _check_numbers(stack, sitk.GetArrayViewFromImage(part))
             with_stack_geometry(part, stack)
             part.SetOrigin((stack.origin + wanted[0] * stack.spacing[2] * stack.direction[:, 2]).tolist())
             slab = sitk.Image(size[0], size[1], stop - start, sitk.sitkUInt8)
@@ -116,18 +114,16 @@ def _read_slice(stack: SliceStack, index: int) -> np.ndarray:
         raise ConversionError(
             f"holds pixels of shape {values.shape}, not {(rows, columns)}", "grey images are needed", path
         )
-    return values.astype(np.float64) * scale[0] + scale[1]
+    rescaled = values.astype(np.float64) * scale[0] + scale[1]
+    if not np.isfinite(rescaled).all():
+        raise ConversionError("holds values that are no numbers", "restore the file", path)
+    return rescaled
 
 
 def _note_unscaled(stack: SliceStack) -> None:
     unscaled = sum(header.get("RescaleSlope") is None for header in stack.headers)
     if unscaled:
         stack.notes.append(f"{unscaled} slices have no RescaleSlope; their stored values were taken as they are")
-
-
-def _check_numbers(stack: SliceStack, values: np.ndarray) -> None:
-    if not np.isfinite(values).all():
-        raise ConversionError(f"{stack.series} holds values that are no numbers", None, stack.paths[0])
 
 
 def with_stack_geometry(image: sitk.Image, stack: SliceStack) -> sitk.Image:

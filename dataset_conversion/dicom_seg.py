@@ -109,6 +109,9 @@ def decode(path: str, stack: SliceStack) -> DecodedSeg:
     exact = _exact(placed, pitch, stack, path)
     if exact is None:
         exact = _resampled(placed, pitch, stack, path)
+        if not exact.any():
+            what = "its lesions fall between the PET's voxel centres"
+            raise ConversionError(what, "draw it on the PET, or leave the study out", path)
         notes.append("the SEG is not on the PET's grid; it was resampled (nearest)")
     return DecodedSeg(exact, notes)
 

@@ -41,7 +41,7 @@ def unique_cases(discovery: Discovery) -> None:
         else:
             patients = ", ".join(repr(case.patient) for case in cases)
             what = f"{len(cases)} patients or studies share this identifier ({patients})"
-            discovery.refusals.append(Refusal(case_id, what, "rename them", cases[0].folder))
+            discovery.refusals += [Refusal(case_id, what, "rename them", case.folder) for case in cases]
 
 
 def split_test_cases(discovery: Discovery, test: Sequence[str]) -> set[str]:

@@ -102,9 +102,10 @@ def _fault(found: Found, options: Mapping[str, Any], boxes: Mapping[str, Any]) -
     missing = [_SPOKEN[name] for name in needed if name not in found.files]
     if missing:
         return ConversionError(f"lacks {' and '.join(missing)}", "restore the file")
-    if options["crop"] == "bbox" and patient_key(found.patient) not in boxes:
+    box = boxes.get(patient_key(found.patient))
+    if options["crop"] == "bbox" and box is None:
         return ConversionError("has no box in the CSV file", "add its row, or use another --crop")
-    return None
+    return box if isinstance(box, ConversionError) else found.fault
 
 
 def describe(case: Case, options: Mapping[str, Any]) -> str:
@@ -126,6 +127,8 @@ def convert(case: Case, options: Mapping[str, Any], writer: CaseWriter) -> dict[
     warnings = _checked(case, images)
     reference, how = _reference(images["CT"], images["PT"], case.payload["box"], options)
     warnings += [how] if how else []
+    if resampling.is_oblique(reference):
+        warnings.append("the grid is oblique; nnU-Net ignores the direction, so it is kept as it is")
     covered = resampling.overlap(reference, images["PT"])
     if covered < 0.99:
         warnings.append(f"the PET covers {covered:.1%} of the grid; SUV is 0 elsewhere")

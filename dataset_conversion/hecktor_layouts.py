@@ -37,12 +37,21 @@ class Found:
         folder: where the CT is.
         files: ``CT``, ``PT`` and ``label`` to path, those there are.
         is_test: True where a folder's name says so.
+        fault: why it cannot be converted, where that shows at once.
     """
 
     patient: str
     folder: str
     files: dict[str, str] = field(default_factory=dict)
     is_test: bool = False
+    fault: ConversionError | None = None
+
+    def add(self, kind: str, path: str) -> None:
+        """Note a file; two of one kind (compressed and not) are a fault."""
+        if kind in self.files:
+            what = f"is there twice, also as {self.files[kind]}"
+            self.fault = ConversionError(what, "remove one of the two", path)
+        self.files[kind] = path
 
     @property
     def case_id(self) -> str:
@@ -80,8 +89,8 @@ def find_layout(paths: Sequence[str], source: Path) -> Layout:
     """
     new: dict[tuple[str, str], Found] = {}
     old: dict[tuple[str, str], Found] = {}
-    volumes: dict[tuple[str, str], str] = {}
-    old_labels: dict[tuple[str, str], str] = {}
+    volumes: dict[tuple[str, str], list[str]] = {}
+    old_labels: dict[tuple[str, str], list[str]] = {}
     tables = []
     for path in paths:
         folder, name = os.path.split(path)
@@ -91,17 +100,17 @@ def find_layout(paths: Sequence[str], source: Path) -> Layout:
         if not ending:
             continue
         stem = name[: -len(ending)]
-        volumes[folder, stem] = path
+        volumes.setdefault((folder, stem), []).append(path)
         for pattern, target in ((_IMAGE, new), (_OLD_IMAGE, old)):
             match = pattern.match(stem)
             if match is not None:
                 found = target.setdefault((folder, match["patient"]), Found(match["patient"], folder))
-                found.files[match["kind"].upper()] = path
+                found.add(match["kind"].upper(), path)
                 break
         else:
             match = _OLD_LABEL.match(stem)
             if match is not None:
-                old_labels[folder, match["patient"]] = path
+                old_labels.setdefault((folder, match["patient"]), []).append(path)
     if new and old:
         raise UsageError(
             f"holds two editions ({len(old)} patients named as in 2020/21, {len(new)} as from 2022 on)",
@@ -109,12 +118,12 @@ def find_layout(paths: Sequence[str], source: Path) -> Layout:
             source,
         )
     for (folder, patient), found in old.items():
-        label = old_labels.get((folder, patient))
-        found.files.update({"label": label} if label else {})
+        for label in old_labels.get((folder, patient), ()):
+            found.add("label", label)
     for (folder, patient), found in new.items():
         beside = os.path.join(os.path.dirname(folder), os.path.basename(folder).replace("images", "labels", 1))
-        label = volumes.get((folder, patient)) or volumes.get((beside, patient))
-        found.files.update({"label": label} if label else {})
+        for label in volumes.get((folder, patient)) or volumes.get((beside, patient)) or ():
+            found.add("label", label)
     patients = [found for _, found in sorted({**new, **old}.items())]
     for found in patients:
         parts = os.path.relpath(found.folder, source).split(os.sep)
@@ -135,13 +144,15 @@ def _once(patients: Sequence[Found]) -> list[Found]:
     return kept
 
 
-def read_boxes(tables: Sequence[str]) -> dict[str, Box]:
+def read_boxes(tables: Sequence[str]) -> dict[str, Box | ConversionError]:
     """Return patient key -> bounding box (x1, x2, y1, y2, z1, z2; mm, LPS) of all CSV files that hold some.
 
+    A patient whose box is no six numbers, or differs between two rows, gets the error instead.
+
     Raises:
-        ConversionError: a box is no six numbers, or two files differ on one.
+        ConversionError: a file cannot be read.
     """
-    boxes: dict[str, Box] = {}
+    boxes: dict[str, Box | ConversionError] = {}
     for path in tables:
         try:
             with open(path, newline="", encoding="utf-8-sig", errors="replace") as stream:
@@ -154,10 +165,15 @@ def read_boxes(tables: Sequence[str]) -> dict[str, Box]:
             clean = {str(key).strip(): str(value or "").strip() for key, value in row.items()}
             if not clean["PatientID"]:
                 continue
-            box = _box(clean, path)
-            if boxes.setdefault(patient_key(clean["PatientID"]), box) != box:
-                what = f"has another box of {clean['PatientID']} than another CSV file"
-                raise ConversionError(what, "name the file that counts: --bbox FILE", path)
+            key = patient_key(clean["PatientID"])
+            try:
+                box = _box(clean, path)
+            except ConversionError as error:
+                boxes[key] = error
+                continue
+            if boxes.setdefault(key, box) != box:
+                what = f"has another box of {clean['PatientID']} than another row or CSV file"
+                boxes[key] = ConversionError(what, "take out the one that does not count", path)
     return boxes
 
 

@@ -53,6 +53,8 @@ def read_header(path: str) -> sitk.ImageFileReader:
     import SimpleITK as sitk
 
     _check_readable(path)
+    # What ITK would warn of on the terminal either becomes an error here or does not matter.
+    sitk.ProcessObject.GlobalWarningDisplayOff()
     reader = sitk.ImageFileReader()
     reader.SetFileName(path)
     try:
@@ -181,9 +183,13 @@ def _voxels(stream: IO[bytes]) -> np.ndarray:
     start = stream.read(4)
     kind = nibabel.Nifti2Header if start in (b"\x1c\x02\0\0", b"\0\0\x02\x1c") else nibabel.Nifti1Header
     block = start + stream.read(kind.sizeof_hdr - len(start))
-    header = kind(block)
+    # Without nibabel's own check, which speaks on the terminal.
+    header = kind(block, check=False)
     kind_of_voxel, count = header.get_data_dtype(), int(np.prod(header.get_data_shape()))
-    offset = max(int(header.get_data_offset()), kind.sizeof_hdr)
+    offset = int(header.get_data_offset())
+    if offset < kind.sizeof_hdr + 4:
+        # Programs differ in where they then begin to read.
+        raise ValueError(f"vox_offset is {offset}, the header takes {kind.sizeof_hdr + 4} bytes")
     stream.read(offset - kind.sizeof_hdr)
     values = np.empty(count, kind_of_voxel)
     view, filled = memoryview(values.view(np.uint8)), 0
@@ -235,8 +241,9 @@ def usual_orientation(paths: Sequence[str]) -> str:
     counts: Counter[str] = Counter()
     for path in paths:
         try:
-            counts[resampling.orientation_code(read_header(path))] += 1
-        except ConversionError:
+            reader = read_header(path)
+            counts[resampling.orientation_code(reader if reader.GetDimension() == 3 else _first_three(reader))] += 1
+        except (ConversionError, RuntimeError):
             # Reported with its reason when the case is converted.
             continue
     return max(sorted(counts), key=lambda code: counts[code]) if counts else "LPS"

@@ -98,6 +98,8 @@ def _lists(
 
 
 def _missing(found: Slice) -> ConversionError | None:
+    if found.fault is not None:
+        return found.fault
     missing = [f"{found.name}_{kind}.png" for kind in KINDS if kind not in found.files]
     return ConversionError(f"lacks {' and '.join(missing)}", "restore the file") if missing else None
 
@@ -106,7 +108,7 @@ def _add_slices(slices: Mapping[str, Slice], lists: Mapping[str, str], source: P
     for name, found in sorted(slices.items()):
         case_id, error = clean_identifier(name), _missing(found)
         if error is not None:
-            discovery.refusals.append(Refusal(case_id, error.what, error.remedy, found.folder))
+            discovery.refusals.append(Refusal(case_id, error.what, error.remedy, error.file or found.folder))
             continue
         payload = {"folder": os.path.relpath(found.folder, source), "slices": [found]}
         discovery.cases.append(Case(case_id, patient_of(name), tuple(sorted(found.files.values())), payload))
@@ -127,15 +129,24 @@ def _add_volumes(
     for patient, members in sorted(stacks.items()):
         members.sort(key=lambda found: slice_number(found.name))
         case_id = clean_identifier(patient) or "patient"
-        error = next((error for found in members if (error := _missing(found)) is not None), None)
+        error = next((error for found in members if (error := _missing(found)) is not None), None) or _twice(members)
         if error is not None:
-            discovery.refusals.append(Refusal(case_id, error.what, error.remedy, members[0].folder))
+            discovery.refusals.append(Refusal(case_id, error.what, error.remedy, error.file or members[0].folder))
             continue
         files = tuple(sorted(path for found in members for path in found.files.values()))
         payload = {"folder": os.path.relpath(members[0].folder, source), "slices": members}
         discovery.cases.append(Case(case_id, patient, files, payload))
         if lists[members[0].name] == "test":
             discovery.test.add(case_id)
+
+
+def _twice(slices: Sequence[Slice]) -> ConversionError | None:
+    """Return the fault of two slices of one number, as ``0001_1`` and ``0001_01``."""
+    for first, second in itertools.pairwise(slices):
+        if slice_number(first.name)[0] == slice_number(second.name)[0]:
+            what = f"has the number of {first.name}"
+            return ConversionError(what, "remove one of the two", next(iter(second.files.values()), second.folder))
+    return None
 
 
 def describe(case: Case, options: Mapping[str, Any]) -> str:
@@ -236,7 +247,7 @@ def read_grey(path: str) -> tuple[np.ndarray, bool]:
                 # Palettes and black-and-white: what is shown, not what is stored.
                 picture = picture.convert("RGB" if mode == "P" else "L")
             values = np.asarray(picture)
-    except (OSError, ValueError, SyntaxError) as error:
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise ConversionError(f"cannot be read as a picture ({error})", "restore the file", path) from error
     if values.dtype != np.uint8 or values.ndim not in (2, 3):
         raise ConversionError(f"is no 8-bit grey picture (mode {mode})", "8-bit grey is needed", path)

@@ -23,11 +23,13 @@ class Slice:
         name: as the lists have it, ``<patient>_<number>``.
         folder: where it is.
         files: ``CT``, ``PET`` and ``mask`` to path, those there are.
+        fault: why it cannot be converted, where that shows at once.
     """
 
     name: str
     folder: str
     files: dict[str, str] = field(default_factory=dict)
+    fault: ConversionError | None = None
 
 
 def patient_of(name: str) -> str:
@@ -42,11 +44,7 @@ def slice_number(name: str) -> tuple[int, str]:
 
 
 def find_slices(paths: Sequence[str]) -> dict[str, Slice]:
-    """Return slices by name.
-
-    Raises:
-        ConversionError: two folders hold files of one name.
-    """
+    """Return slices by name; one that is there twice has that as its fault."""
     slices: dict[str, Slice] = {}
     for path in paths:
         folder, file = os.path.split(path)
@@ -56,7 +54,7 @@ def find_slices(paths: Sequence[str]) -> dict[str, Slice]:
         found = slices.setdefault(match["name"], Slice(match["name"], folder))
         kind = _SPOKEN[match["kind"].lower()]
         if kind in found.files:
-            raise ConversionError(f"is there twice, also as {found.files[kind]}", "remove one of the two", path)
+            found.fault = ConversionError(f"is there twice, also as {found.files[kind]}", "remove one of the two", path)
         found.files[kind] = path
     return slices
 

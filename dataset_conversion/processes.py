@@ -52,7 +52,7 @@ def _convert_one(recipe: Recipe, case: Case, mark: str, workspace: Path) -> Refu
     except OSError as error:
         fatal = error.errno in _NO_ROOM
         remedy = f"{'make room and ' if fatal else ''}run again: finished cases are kept"
-        at = error.filename or (workspace if fatal else None)
+        at = workspace if fatal else error.filename
         return Refusal.of(case, ConversionError(f"{error.strerror or error}", remedy, at), fatal)
     except Exception as error:  # a single odd file must not stop the other patients, nor show a traceback
         remedy = "please report this with the file's headers"

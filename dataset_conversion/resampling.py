@@ -153,7 +153,7 @@ def orientation_code(image: sitk.Image | Grid) -> str:
     return sitk.DICOMOrientImageFilter.GetOrientationFromDirectionCosines(image.GetDirection())
 
 
-def is_oblique(image: sitk.Image) -> bool:
+def is_oblique(image: sitk.Image | Grid) -> bool:
     """True where the axes are not parallel to the patient's axes."""
     direction = np.abs(np.array(image.GetDirection()).reshape(3, 3))
     return bool(np.abs(direction - direction.round()).max() > AXIS_TOLERANCE)

@@ -99,7 +99,13 @@ def published_records(dataset: Path, recipe: Recipe, discovery: Discovery) -> di
             "use another -d or --name, or delete the folder",
             dataset,
         )
-    records: dict[str, dict[str, Any]] = report.get("cases", {})
+    records = report.get("cases")
+    whole = isinstance(records, dict) and all(
+        isinstance(record, dict) and isinstance(record.get("files"), dict) and record.get("case_id") == case_id
+        for case_id, record in records.items()
+    )
+    if not whole:
+        raise UsageError("is damaged", "restore it, or delete the dataset's folder", dataset / REPORT)
     found = {case.case_id for case in discovery.cases} | set(discovery.passed_over)
     found |= {refusal.subject for refusal in discovery.refusals}
     strangers = sorted(set(records) - found)

@@ -339,3 +339,27 @@ def test_links(raw, release, link):
     assert convert(release, "--link", link) == 0
     assert written.is_symlink() == (link == "soft")
     assert written.samefile(study / "SUV.nii.gz") == (link != "copy")
+
+
+def test_a_label_without_background(raw, tmp_path, capsys):
+    write_study(tmp_path / "r", HEXES[0], SEG=image(np.ones((10, 14, 16), np.uint8), (2.0, 2.0, 3.0)))
+    assert convert(tmp_path / "r") == 2
+    assert "SEG.nii.gz: has no background" in capsys.readouterr().err
+
+
+def test_lesions_partly_outside_the_ct(raw, tmp_path):
+    """On the CT grid, which ends in the middle of a lesion: a note says how much is cut off."""
+    seg = np.zeros((10, 14, 16), np.uint8)
+    seg[3:7, 5:9, 6:10] = 1
+    ct = image(np.full((10, 28, 32), -500, np.float32), (1.0, 1.0, 1.5))
+    write_study(tmp_path / "r", HEXES[0], CT=ct, SEG=image(seg, (2.0, 2.0, 3.0)))
+    assert convert(tmp_path / "r", "--grid", "ct") == 0
+    (record,) = json.loads((raw / DATASET / "conversion_report.json").read_text())["cases"].values()
+    assert any("of the tumour lies outside the CT" in text for text in record["warnings"])
+
+
+def test_a_file_twice(raw, tmp_path, capsys):
+    folder = write_study(tmp_path / "r", HEXES[0])
+    sitk.WriteImage(sitk.ReadImage(str(folder / "SUV.nii.gz")), str(folder / "SUV.nii"))
+    assert convert(tmp_path / "r") == 2
+    assert f"SUV.nii.gz: is there twice, also as {folder / 'SUV.nii'}" in capsys.readouterr().err

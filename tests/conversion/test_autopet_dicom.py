@@ -310,6 +310,25 @@ def test_drop_negatives_does_not_drop_what_lacks_its_seg(raw, source, capsys):
     assert list(report["passed_over"]) == ["fdg_01140d52d8_20030323"]
 
 
+@pytest.mark.parametrize("keep", [0, 300])
+def test_a_damaged_seg_is_not_taken_for_none(raw, source, capsys, keep):
+    path = write_study(source).folder / "3.000000-c-3" / "1-1.dcm"
+    path.write_bytes(path.read_bytes()[:keep])
+    assert convert(source, "--missing-seg", "negative") == 2
+    assert f"refused fdg_0011f3deaf_20030323: {path}: is " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flags", [(), ("--dry-run",)])
+def test_a_study_of_scouts(raw, source, capsys, flags):
+    study = write_study(source)
+    for path in (study.folder / "1.000000-a-1").iterdir():
+        header = pydicom.dcmread(path)
+        header.ImageType = ["ORIGINAL", "PRIMARY", "LOCALIZER"]
+        header.save_as(path)
+    assert convert(source, *flags) == 2
+    assert "has no CT series but scouts" in capsys.readouterr().err
+
+
 def test_patient_by_its_folder_where_the_header_has_none(raw, source):
     for date in ("20030323", "20040801"):
         study = write_study(source, "PETCT_0011f3deaf", date=date)

@@ -167,6 +167,16 @@ def test_slices_twice_as_thick_fill_the_pet_slices_between(tmp_path):
     assert "resampled" in decoded.notes[-1]
 
 
+def test_lesions_that_fall_between_the_voxels(tmp_path):
+    pet = Pet(tmp_path)
+    ct = pet.patient.write_ct(folder=tmp_path / "fine", values=np.zeros((12, 36, 40)), PixelSpacing=[0.5, 0.5])
+    mask = np.zeros((12, 36, 40), np.uint8)
+    mask[3, 5, 5] = 1
+    path = write_seg(tmp_path / "seg.dcm", pet.patient.study, ct, [mask])
+    with pytest.raises(ConversionError, match="fall between"):
+        decode(str(path), pet.stack)
+
+
 def test_header(pet):
     header = read_seg_header(pet.seg(lesions()))
     assert header.series_uids == {pydicom.dcmread(pet.files[0]).SeriesInstanceUID}

@@ -364,7 +364,7 @@ def test_boxes_that_differ(raw, source, capsys):
     for number in (1, 2):
         (source / f"bbox{number}.csv").write_text(f"PatientID,x1,x2,y1,y2,z1,z2\nCHGJ007,-20,{number},-9,9,-9,9\n")
     assert convert(source, "--crop", "bbox") == 2
-    assert "has another box of CHGJ007 than another CSV file" in capsys.readouterr().err
+    assert "has another box of CHGJ007 than another row or CSV file" in capsys.readouterr().err
 
 
 def test_one_centre_has_no_folds_by_centre(raw, source, capsys):

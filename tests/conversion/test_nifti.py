@@ -176,3 +176,25 @@ def test_a_full_disk_is_an_error(tmp_path):
     os.symlink("/dev/full", tmp_path / "x.nii.gz")
     with pytest.raises(OSError, match="No space left"):
         write_image(image(), str(tmp_path / "x.nii.gz"))
+
+
+@pytest.mark.parametrize("offset", [0, 348, 351])
+def test_voxels_that_begin_in_the_header(tmp_path, offset):
+    """Programs differ in where they then begin to read."""
+    path = tmp_path / "x.nii"
+    sitk.WriteImage(image(), str(path))
+    content = bytearray(path.read_bytes())
+    content[108:112] = np.float32(offset).tobytes()
+    path.write_bytes(content)
+    with pytest.raises(ConversionError, match="vox_offset is"):
+        read_image(str(path))
+
+
+def test_more_than_three_axes(tmp_path):
+    from dataset_conversion.nifti import usual_orientation
+
+    path = str(tmp_path / "x.nii.gz")
+    nibabel.save(nibabel.Nifti1Image(np.ones((3, 4, 5, 2), np.float32), np.eye(4)), path)
+    assert usual_orientation([path]) == "RAS"
+    with pytest.raises(ConversionError, match="is no volume"):
+        read_image(path)

@@ -245,3 +245,18 @@ def test_one_list_missing(raw, release, capsys):
 def test_no_patients_are_added_to_the_official_test_set(raw, release, capsys):
     assert convert(release, "--splits", "622") == 2
     assert "the data has a test set of its own" in capsys.readouterr().err
+
+
+def test_two_slices_of_one_number(raw, release, capsys):
+    write_slice(release, "0001_09")
+    write_lists(release, train=[*TRAIN, "0001_09"])
+    assert convert(release, "--volumes") == 1
+    assert "has the number of 0001_09" in capsys.readouterr().err
+
+
+def test_a_picture_twice(raw, release, capsys):
+    folder = release / "PCLT20K" / "more"
+    folder.mkdir()
+    (folder / "0001_9_CT.png").write_bytes((release / "PCLT20K" / "0001" / "0001_9_CT.png").read_bytes())
+    assert convert(release) == 1
+    assert "is there twice, also as" in capsys.readouterr().err

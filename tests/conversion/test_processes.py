@@ -218,6 +218,46 @@ def test_links_out_of_the_tree(raw, source, tmp_path):
     assert refused["file"].endswith("SEG.nii.gz")
 
 
+@pytest.mark.skipif(os.name == "nt", reason="pipes with names are POSIX")
+def test_pipes_do_not_hang(raw, source):
+    write_study(source, HEXES[0])
+    os.mkfifo(source / "SUV.nii.gz")
+    os.mkfifo(source / "x.dcm")
+    run = subprocess.run(command(source, "-np", "1"), env=environment(), capture_output=True, timeout=60, check=False)
+    assert run.returncode == 0, run.stderr
+
+
+@pytest.mark.parametrize("cases", [None, [], {"X": {}}, "x"])
+def test_a_damaged_report(raw, source, capsys, cases):
+    write_study(source, HEXES[0])
+    assert convert(source, "-np", "1") == 0
+    path = raw / DATASET / "conversion_report.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "cases": cases}))
+    assert convert(source, "-np", "1") == 2
+    assert "conversion_report.json: is damaged; restore it, or delete the dataset's folder" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+@pytest.mark.parametrize("streams", [("stdout",), ("stderr",), ("stdout", "stderr")])
+def test_nobody_listens(raw, source, streams):
+    """Output that cannot be written (a closed pipe, a full disk) changes neither result nor exit code."""
+    write_study(source, HEXES[0])
+    with open("/dev/full", "w") as full:
+        run = subprocess.run(
+            command(source, "-np", "1"), env=environment(), check=False,
+            **{name: full if name in streams else subprocess.DEVNULL for name in ("stdout", "stderr")},
+        )  # fmt: skip
+    assert run.returncode == 0
+    assert (raw / DATASET / "dataset.json").exists()
+
+
+def test_the_dataset_below_the_source(tmp_path, monkeypatch, source):
+    monkeypatch.setenv("nnUNet_raw", str(source / "nnUNet_raw"))
+    write_study(source, HEXES[0])
+    assert convert(source, "-np", "1") == 0
+    assert convert(source, "-np", "1") == 0
+
+
 @pytest.mark.skipif(os.name == "nt" or os.geteuid() == 0, reason="root may read everything")
 def test_unreadable_files(raw, source, capsys):
     write_study(source, HEXES[0])
