@@ -65,9 +65,13 @@ def test_compiles_without_graph_breaks(entry, plan):
 @pytest.mark.parametrize("plan", TOYS.values(), ids=TOYS)
 @every_network
 def test_inductor(entry, plan):
-    """Machine code, which takes a compiler one to five minutes; the plain run compiles the scan alone this far."""
-    network = entry.build(plan, deep_supervision=True)
-    x = plan.input()
+    """Machine code, which takes a compiler one to five minutes; the plain run compiles the scan alone this far.
+
+    In float64: rounding in float32 sends a value near the kink of a LeakyReLU to its other side now and then, and on
+    maps as small as these one such voxel changes gradients by per cents.
+    """
+    network = entry.build(plan, deep_supervision=True).double()
+    x = plan.input().double()
     expected, compiled = ({}, {})
     for module, gradients in ((network, expected), (torch.compile(network, fullgraph=True), compiled)):
         network.zero_grad()
@@ -76,8 +80,9 @@ def test_inductor(entry, plan):
         with torch._inductor.config.patch(fallback_random=True):
             loss_of(module(x)).backward()
         gradients.update((name, parameter.grad.clone()) for name, parameter in network.named_parameters())
+    largest = max(gradient.abs().max().item() for gradient in expected.values())
     for name, gradient in expected.items():
-        torch.testing.assert_close(compiled[name], gradient, atol=1e-4, rtol=1e-3, msg=name)
+        torch.testing.assert_close(compiled[name], gradient, atol=1e-8 * largest, rtol=1e-6, msg=name)
 
 
 def train(entry: Entry, rank: int) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
