@@ -33,7 +33,6 @@ class DicomStudy(Study):
 
     series: tuple[ImageSeries, ...] = ()
     segs: tuple[str, ...] = ()
-    grid: str = "pet"
 
     def has_lesions(self, options: Mapping[str, Any]) -> bool:
         """True where any pixel of any SEG is set, and without SEG where that is refused later on."""
@@ -80,7 +79,6 @@ class DicomStudy(Study):
             decoded = decode(seg.path, pet)
             mask = decoded.mask
             warnings += decoded.notes
-        warnings += [f"CT: {note}" for note in ct.notes] + [f"PET: {note}" for note in pet.notes]
         pet_image = resampling.oriented(read_volume(pet, suv.factors))
         if options["grid"] == "pet":
             ct_grid = resampling.Grid(
@@ -91,6 +89,7 @@ class DicomStudy(Study):
         else:
             ct_volume = Volume(resampling.oriented(read_volume(ct)))
         label = Volume(resampling.oriented(with_stack_geometry(sitk.GetImageFromArray(mask), pet)))
+        warnings += [f"CT: {note}" for note in ct.notes] + [f"PET: {note}" for note in pet.notes]
         written = write_volumes(ct_volume, Volume(pet_image), label, options["grid"], "LPS", writer, warnings)
         sources = {
             name: {"series_uid": stack.series.uid, "description": stack.series.description, "files": len(stack.paths),

@@ -134,9 +134,9 @@ def find(
     for (folder, identifier), files in sorted(channels.items()):
         images, parent = os.path.basename(folder), os.path.dirname(folder)
         labels = os.path.join(parent, images.replace("images", "labels", 1))
-        label = volumes.get((labels, identifier), "") if images.startswith("images") else ""
         if not images.startswith("images"):
             continue
+        label = volumes.get((labels, identifier), "")
         study = NnunetStudy(
             of_file(identifier), parent, tuple(sorted([*files.values(), *([label] if label else [])])),
             orientation=orientation, labelled=bool(label), is_test=images == "imagesTs", released_as=identifier,

@@ -155,7 +155,7 @@ def convert(case: Case, options: Mapping[str, Any], writer: CaseWriter) -> dict[
         kind = sitk.sitkUInt8 if nearest else sitk.sitkFloat32
         moved = resampling.onto_grid(image, reference, fill, nearest, kind)[0]
         moved = resampling.oriented(moved, orientation)
-        if name == "label":
+        if nearest:
             writer.label(moved)
             images[name] = moved
         else:
