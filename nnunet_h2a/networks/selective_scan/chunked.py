@@ -217,7 +217,8 @@ def _backward(
     def vector(gradient: Tensor, like: Tensor | None) -> Tensor:
         return u.new_empty(0) if like is None else gradient.flatten().to(like.dtype)
 
-    dA = dA.transpose(1, 2).reshape(A.shape).to(A.dtype)
+    # Contiguous, as promised to the compiler: with one group the reshape alone would be a view with swapped strides.
+    dA = dA.transpose(1, 2).reshape(A.shape).to(A.dtype).contiguous()
     return du, ddelta, dA, matrices(dB, B), matrices(dC, C), vector(dD, D), vector(dbias, delta_bias)
 
 
