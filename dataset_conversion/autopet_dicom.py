@@ -61,7 +61,7 @@ class DicomStudy(Study):
         import SimpleITK as sitk
 
         from dataset_conversion import resampling
-        from dataset_conversion.dicom_pixels import read_onto, read_volume, with_stack_geometry
+        from dataset_conversion.dicom_pixels import grid_of_stack, read_onto, read_volume, with_stack_geometry
         from dataset_conversion.dicom_seg import decode
         from dataset_conversion.dicom_series import quiet_dicom
         from dataset_conversion.suv import suv_conversion
@@ -81,9 +81,7 @@ class DicomStudy(Study):
             warnings += decoded.notes
         pet_image = resampling.oriented(read_volume(pet, suv.factors))
         if options["grid"] == "pet":
-            ct_grid = resampling.Grid(
-                ct.size, ct.spacing, tuple(ct.origin.tolist()), tuple(ct.direction.ravel().tolist())
-            )
+            ct_grid = grid_of_stack(ct)
             resampling.check_same_place(ct_grid, pet_image, ct.series.folder)
             ct_volume = Volume(read_onto(ct, pet_image, resampling.FILL_CT), read_from=ct_grid)
         else:

@@ -80,7 +80,8 @@ def check_mask_grid(label: sitk.Image, pet: sitk.Image, path: str, warnings: lis
     if resampling.same_grid(label, pet):
         return
     difference = resampling.describe_difference(label, pet)
-    if not resampling.same_lattice(label, pet):
+    turned = not np.allclose(label.GetDirection(), pet.GetDirection(), rtol=0, atol=1e-3)
+    if turned or not resampling.same_lattice(label, pet):
         raise ConversionError(f"is on another grid than its PET ({difference})", "restore the file", path)
     voxels = np.argwhere(sitk.GetArrayViewFromImage(label))[:, ::-1]
     if len(voxels) and resampling.fraction_inside(voxels, label, pet) < 1.0:

@@ -8,13 +8,12 @@ import numpy as np
 
 from dataset_conversion.dicom_series import READ_ERRORS, SliceStack, quiet_dicom
 from dataset_conversion.errors import ConversionError
+from dataset_conversion.resampling import Grid
+from dataset_conversion.slabs import resample_slices
 
 if TYPE_CHECKING:
     import SimpleITK as sitk
     from pydicom.dataset import Dataset
-
-# Slices of the wanted grid made at a time.
-_SLAB = 16
 
 
 def read_volume(stack: SliceStack, factors: np.ndarray | None = None) -> sitk.Image:
@@ -43,12 +42,12 @@ def read_volume(stack: SliceStack, factors: np.ndarray | None = None) -> sitk.Im
     return with_stack_geometry(image, stack)
 
 
-def read_onto(stack: SliceStack, reference: sitk.Image, fill: float) -> sitk.Image:
+def read_onto(stack: SliceStack, reference: sitk.Image | Grid, fill: float) -> sitk.Image:
     """Read a stack onto another grid, linearly interpolated, without holding more than some of its slices at a time.
 
     Args:
         stack: from ``read_stack``; a CT may be ten times as large as the PET whose grid is wanted.
-        reference: image whose grid is wanted.
+        reference: the grid that is wanted.
         fill: value outside the stack.
 
     Returns:
@@ -57,41 +56,19 @@ def read_onto(stack: SliceStack, reference: sitk.Image, fill: float) -> sitk.Ima
     Raises:
         ConversionError: pixels of a slice that is needed cannot be read.
     """
-    import SimpleITK as sitk
 
-    size = reference.GetSize()
-    result = np.full(size[::-1], fill, dtype=np.float32)
-    last, kept = stack.size[2] - 1, {}
+    def read(index: int) -> np.ndarray:
+        return np.float32(_read_slice(stack, index))
+
     with quiet_dicom():
-        for start in range(0, size[2], _SLAB):
-            stop = min(start + _SLAB, size[2])
-            low, high = _slices_between(stack, reference, start, stop)
-            if high < 0 or low > last:
-                continue
-            wanted = range(max(low, 0), min(high, last) + 1)
-            kept = {index: kept[index] if index in kept else np.float32(_read_slice(stack, index)) for index in wanted}
-            part = sitk.GetImageFromArray(np.stack([kept[index] for index in wanted]))
-            with_stack_geometry(part, stack)
-            part.SetOrigin((stack.origin + wanted[0] * stack.spacing[2] * stack.direction[:, 2]).tolist())
-            slab = sitk.Image(size[0], size[1], stop - start, sitk.sitkUInt8)
-            slab.SetSpacing(reference.GetSpacing())
-            slab.SetDirection(reference.GetDirection())
-            slab.SetOrigin(reference.TransformIndexToPhysicalPoint((0, 0, start)))
-            moved = sitk.Resample(part, slab, sitk.Transform(), sitk.sitkLinear, fill, sitk.sitkFloat32)
-            result[start:stop] = sitk.GetArrayViewFromImage(moved)
+        image = resample_slices(grid_of_stack(stack), read, reference, fill)
     _note_unscaled(stack)
-    image = sitk.GetImageFromArray(result)
-    image.CopyInformation(reference)
     return image
 
 
-def _slices_between(stack: SliceStack, reference: sitk.Image, start: int, stop: int) -> tuple[int, int]:
-    """Return the first and last slice of a stack that linear interpolation may need for some slices of a grid."""
-    columns, rows, _ = reference.GetSize()
-    corners = [(x, y, z) for x in (0, columns - 1) for y in (0, rows - 1) for z in (start, stop - 1)]
-    points = np.array([reference.TransformIndexToPhysicalPoint(corner) for corner in corners])
-    along = stack.to_index(points)[:, 2] / stack.spacing[2]
-    return int(np.floor(along.min())) - 1, int(np.ceil(along.max())) + 1
+def grid_of_stack(stack: SliceStack) -> Grid:
+    """Return the grid of a stack."""
+    return Grid(stack.size, stack.spacing, tuple(stack.origin.tolist()), tuple(stack.direction.ravel().tolist()))
 
 
 def _read_slice(stack: SliceStack, index: int) -> np.ndarray:

@@ -22,8 +22,8 @@ from dataset_conversion.hecktor_layouts import Found, find_layout, patient_key, 
 from dataset_conversion.raw_dataset import DatasetSpec
 
 if TYPE_CHECKING:
-    import numpy as np
-    import SimpleITK as sitk
+    from dataset_conversion.nifti_volume import NiftiVolume
+    from dataset_conversion.resampling import Grid
 
 SPEC = DatasetSpec(
     default_name="HECKTOR",
@@ -41,11 +41,6 @@ OLD_SPEC = replace(
 )
 CROPS = ("none", "overlap", "bbox", "head-neck")
 LOOKS_FOR = "ID__CT, ID__PT and ID (2022 on) or ID_ct, ID_pt and ID_ct_gtvt (2020/21) as .nii.gz"
-#: The organisers computed SUV with an assumed weight of 75 kg (list_approx_weight.txt of voreille/hecktor).
-APPROXIMATE_WEIGHT = tuple(f"{centre}{number:03d}" for centre in ("HMR", "CHMR") for number in (5, 16, 24, 29, 30, 34))
-# A mask may end a voxel before or after its CT; its tumour may not lie outside.
-_LOST_AT_MOST = 0.01
-_HIGHEST_SUV = 3000.0
 _SPOKEN = {"CT": "its CT", "PT": "its PET", "label": "its label"}
 
 
@@ -120,16 +115,20 @@ def convert(case: Case, options: Mapping[str, Any], writer: CaseWriter) -> dict[
     import SimpleITK as sitk
 
     from dataset_conversion import resampling
-    from dataset_conversion.nifti import fits_as_it_is, read_image
+    from dataset_conversion.hecktor_checks import LabelCheck, Range, value_warnings
+    from dataset_conversion.nifti_volume import NiftiVolume
 
-    files, orientation = case.payload["files"], case.payload["orientation"]
-    images = {name: read_image(path) for name, path in files.items()}
-    warnings = _checked(case, images)
-    reference, how = _reference(images["CT"], images["PT"], case.payload["box"], options)
-    warnings += [how] if how else []
+    files = case.payload["files"]
+    # Geometry first; voxels pass by slice for slice, for a CT may be twenty times as large as what is wanted of it.
+    volumes = {name: NiftiVolume(path) for name, path in files.items()}
+    ct, pet = volumes["CT"].grid, volumes["PT"].grid
+    resampling.check_same_place(ct, pet, files["PT"])
+    region, how = _reference(volumes, case.payload["box"], options)
+    reference = resampling.oriented_grid(region, case.payload["orientation"])
+    warnings = [how] if how else []
     if resampling.is_oblique(reference):
         warnings.append("the grid is oblique; nnU-Net ignores the direction, so it is kept as it is")
-    covered = resampling.overlap(reference, images["PT"])
+    covered = resampling.overlap(reference, pet)
     if covered < 0.99:
         warnings.append(f"the PET covers {covered:.1%} of the grid; SUV is 0 elsewhere")
     record: dict[str, Any] = {
@@ -139,83 +138,50 @@ def convert(case: Case, options: Mapping[str, Any], writer: CaseWriter) -> dict[
             **{name: os.path.basename(path) for name, path in files.items()},
         },
         "suv": AS_RELEASED,
-        "geometry_before": {name: resampling.grid_record(image) for name, image in images.items()},
+        "geometry_before": {name: resampling.grid_record(volume.grid) for name, volume in volumes.items()},
+        "geometry_after": resampling.grid_record(reference),
+        "resampled": {name: not resampling.same_grid(volume.grid, region) for name, volume in volumes.items()},
     }
-    if "label" in images:
-        warnings += _check_label(case, images["label"], images["CT"], reference)
-    resampled = {}
-    fills = {"CT": (0, resampling.FILL_CT), "PT": (1, resampling.FILL_PET), "label": (None, 0.0)}
-    for name, image in images.items():
-        channel, fill = fills[name]
-        resampled[name] = not resampling.same_grid(image, reference)
-        if not resampled[name] and fits_as_it_is(image, files[name], name == "label", orientation):
+    ranges = {"CT": Range(), "PT": Range()}
+    for channel, (name, seen) in enumerate(ranges.items()):
+        fill = resampling.FILL_CT if name == "CT" else resampling.FILL_PET
+        if volumes[name].fits(False) and resampling.same_grid(volumes[name].grid, reference):
+            volumes[name].read_through(seen)
             writer.take(files[name], channel)
-            continue
-        nearest = name == "label"
-        kind = sitk.sitkUInt8 if nearest else sitk.sitkFloat32
-        moved = resampling.onto_grid(image, reference, fill, nearest, kind)[0]
-        moved = resampling.oriented(moved, orientation)
-        if nearest:
-            writer.label(moved)
-            images[name] = moved
         else:
-            writer.image(channel, moved)
-    if "label" in images:
-        values = sitk.GetArrayViewFromImage(images["label"])
-        counts = {
-            name: int(np.count_nonzero(values == value)) for name, value in case.payload["labels"].items() if value
-        }
-        voxel_ml = float(np.prod(reference.GetSpacing())) / 1000.0
-        record["tumour_voxels"] = sum(counts.values())
-        record["tumour_ml"] = {name: round(count * voxel_ml, 3) for name, count in counts.items()}
-        warnings += [f"has no {name}" for name, count in counts.items() if not count]
-    return {
-        **record,
-        "geometry_after": resampling.grid_record(resampling.oriented(reference, orientation)),
-        "resampled": resampled,
-        "warnings": warnings,
-    }
-
-
-def _checked(case: Case, images: Mapping[str, sitk.Image]) -> list[str]:
-    """Check values and places of a patient's images; returns warnings.
-
-    Raises:
-        ConversionError: CT and PET lie apart, or the label holds other values than its edition's.
-    """
-    import numpy as np
-    import SimpleITK as sitk
-
-    from dataset_conversion import resampling
-
-    warnings = []
-    files = case.payload["files"]
-    resampling.check_same_place(images["CT"], images["PT"], files["PT"])
-    ct, pet = (sitk.GetArrayViewFromImage(images[name]) for name in ("CT", "PT"))
-    if ct.min() > -200:
-        warnings.append(f"the lowest value of the CT is {ct.min():g}: not in HU?")
-    if pet.max() > _HIGHEST_SUV or pet.max() < 0.5:
-        warnings.append(f"the highest value of the PET is {pet.max():.4g}: not in SUV?")
-    if patient_key(case.patient) in APPROXIMATE_WEIGHT:
-        warnings.append("its SUV was computed by the organisers with an assumed weight of 75 kg")
-    if "label" in images:
-        values = set(np.unique(sitk.GetArrayViewFromImage(images["label"])).tolist())
-        allowed = set(case.payload["labels"].values())
-        if not values <= allowed:
-            shown = ", ".join(f"{value:g}" for value in sorted(values - allowed)[:5])
-            expected = ", ".join(str(value) for value in sorted(allowed))
-            raise ConversionError(f"holds label values {shown}", f"{expected} are expected", files["label"])
-    return warnings
+            writer.image(channel, volumes[name].read_onto(reference, fill, seen))
+    warnings += value_warnings(ranges["CT"], ranges["PT"], case.patient)
+    if "label" in volumes:
+        label, labels = volumes["label"], case.payload["labels"]
+        check = LabelCheck(label, labels, ct, reference)
+        if label.fits(True) and resampling.same_grid(label.grid, reference):
+            label.read_through(check)
+            warnings += check.warnings()
+            writer.take(files["label"], None)
+            counts = check.counts
+        else:
+            moved = label.read_onto(reference, 0.0, check, nearest=True, kind=sitk.sitkUInt8)
+            warnings += check.warnings()
+            writer.label(moved)
+            values = sitk.GetArrayViewFromImage(moved)
+            counts = {value: int(np.count_nonzero(values == value)) for value in labels.values()}
+        voxel_ml = float(np.prod(reference.spacing)) / 1000.0
+        named = {name: counts[value] for name, value in labels.items() if value}
+        record["tumour_voxels"] = sum(named.values())
+        record["tumour_ml"] = {name: round(count * voxel_ml, 3) for name, count in named.items()}
+        warnings += [f"has no {name}" for name, count in named.items() if not count]
+    return {**record, "warnings": warnings}
 
 
 def _reference(
-    ct: sitk.Image, pet: sitk.Image, box: Sequence[float] | None, options: Mapping[str, Any]
-) -> tuple[sitk.Image, str]:
+    volumes: Mapping[str, NiftiVolume], box: Sequence[float] | None, options: Mapping[str, Any]
+) -> tuple[Grid, str]:
     """Return the grid that is wanted, and in words how its region was found."""
     import numpy as np
 
     from dataset_conversion import regions
 
+    ct, pet = volumes["CT"].grid, volumes["PT"].grid
     base = ct if options["grid"] == "ct" else pet
     crop, spacing, how = options["crop"], options["spacing"], ""
     if crop == "none" and spacing is None:
@@ -226,44 +192,15 @@ def _reference(
     if crop == "bbox":
         region = regions.intersection(region, np.array(box).reshape(3, 2).T)
     if crop == "head-neck":
-        found, by = regions.head_and_neck(pet)
+        smooth = volumes["PT"].read_onto(regions.working_grid(pet), 0.0)
+        found, by = regions.head_and_neck(smooth)
         how = f"head and neck were found by {by}"
         region = regions.intersection(region, found)
     if (region[1] <= region[0]).any():
         raise ConversionError("the box it is to be cropped to lies outside CT or PET", "check the box and the geometry")
     if spacing is not None:
-        return regions.grid_of(region, tuple(spacing)), how
+        return regions.grid_in(region, tuple(spacing)), how
     return regions.cropped(base, region), how
-
-
-def _check_label(case: Case, label: sitk.Image, ct: sitk.Image, reference: sitk.Image) -> list[str]:
-    """Return warnings on a label of another size than its CT, and on tumour outside the region.
-
-    Raises:
-        ConversionError: tumour lies outside the CT, or all of it outside the region.
-    """
-    import numpy as np
-    import SimpleITK as sitk
-
-    from dataset_conversion import resampling
-
-    path, warnings = case.payload["files"]["label"], []
-    if not resampling.same_grid(label, ct):
-        difference = resampling.describe_difference(label, ct)
-        warnings.append(f"label and CT differ ({difference}); the label was placed by physical coordinates")
-    voxels: np.ndarray = np.argwhere(sitk.GetArrayViewFromImage(label))[:, ::-1]
-    if not len(voxels):
-        return [*warnings, "has no tumour"]
-    outside = 1.0 - resampling.fraction_inside(voxels, label, ct)
-    if outside > _LOST_AT_MOST:
-        what = f"{outside:.1%} of its tumour lies outside the CT"
-        raise ConversionError(what, "check the label's geometry", path)
-    lost = 1.0 - resampling.fraction_inside(voxels, label, reference)
-    if lost == 1.0:
-        raise ConversionError("all of its tumour lies outside the region", "use another --crop", path)
-    if lost:
-        warnings.append(f"{lost:.2%} of the tumour lies outside the region and is cut off")
-    return warnings
 
 
 def main(argv: Sequence[str] | None = None) -> int:

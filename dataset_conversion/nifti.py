@@ -7,15 +7,18 @@ accounted for. Compression and decompression are ISA-L's where it is installed (
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 from collections import Counter
-from collections.abc import Sequence
-from typing import IO, TYPE_CHECKING, Any
+from collections.abc import Iterator, Sequence
+from typing import IO, TYPE_CHECKING
 
 import numpy as np
 
 from dataset_conversion.errors import ConversionError
+from dataset_conversion.nifti_stream import NiftiStream, gzip_module
+from dataset_conversion.resampling import Grid, orientation_code, set_geometry
 
 if TYPE_CHECKING:
     import SimpleITK as sitk
@@ -24,19 +27,7 @@ NIFTI_ENDINGS = (".nii.gz", ".nii")
 VOLUME_ENDINGS = (*NIFTI_ENDINGS, ".mha", ".mhd", ".nrrd")
 _IMAGE_TYPES = ("32-bit float", "64-bit float", "16-bit signed integer", "32-bit signed integer")
 _LEVEL = 1
-_CHUNK = 1 << 22
 _READ_ERRORS = (EOFError, OSError, ValueError, RuntimeError)
-
-
-def _gzip() -> Any:
-    """Return the module that does gzip's work: ISA-L's where there is one for this machine."""
-    try:
-        from isal import igzip
-    except ImportError:
-        import gzip
-
-        return gzip
-    return igzip
 
 
 def ending_of(path: str, endings: tuple[str, ...] = VOLUME_ENDINGS) -> str:
@@ -64,6 +55,29 @@ def read_header(path: str) -> sitk.ImageFileReader:
     return reader
 
 
+def volume_header(path: str) -> sitk.ImageFileReader:
+    """Return ``read_header`` of a file that holds a volume; a fourth axis of length 1 does not matter.
+
+    Raises:
+        ConversionError: the file cannot be opened, or holds no volume.
+    """
+    reader = read_header(path)
+    size = tuple(reader.GetSize())
+    flat = len(size) == 4 and size[3] == 1
+    if (len(size) != 3 and not flat) or reader.GetNumberOfComponents() != 1:
+        raise ConversionError(f"is no volume: its size is {size}", "a 3-D image is needed", path)
+    return reader
+
+
+def geometry(reader: sitk.ImageFileReader) -> Grid:
+    """Return the grid of a volume file's first three axes."""
+    matrix = np.array(reader.GetDirection()).reshape(reader.GetDimension(), -1)[:3, :3]
+    return Grid(
+        tuple(reader.GetSize()[:3]), tuple(reader.GetSpacing()[:3]), tuple(reader.GetOrigin()[:3]),
+        tuple(matrix.ravel().tolist()),
+    )  # fmt: skip
+
+
 def read_image(path: str) -> sitk.Image:
     """Read a volume.
 
@@ -78,24 +92,17 @@ def read_image(path: str) -> sitk.Image:
     """
     import SimpleITK as sitk
 
-    reader = read_header(path)
-    size = tuple(reader.GetSize())
-    flat = len(size) == 4 and size[3] == 1
-    if (len(size) != 3 and not flat) or reader.GetNumberOfComponents() != 1:
-        raise ConversionError(f"is no volume: its size is {size}", "a 3-D image is needed", path)
+    reader = volume_header(path)
     if ending_of(path, NIFTI_ENDINGS):
-        image = _nifti_values(path, size[:3])
-        geometry = _first_three(reader) if flat else reader
-        image.SetSpacing(geometry.GetSpacing())
-        image.SetOrigin(geometry.GetOrigin())
-        image.SetDirection(geometry.GetDirection())
+        image = _nifti_values(path, tuple(reader.GetSize())[:3])
+        set_geometry(image, geometry(reader))
     else:
         _check_compressed(path)
         try:
             image = sitk.ReadImage(path)
         except RuntimeError as error:
             raise _unreadable(path, error) from error
-        image = image[..., 0] if flat else image
+        image = image[..., 0] if image.GetDimension() == 4 else image
     _check_numbers(path, image)
     return image
 
@@ -147,102 +154,73 @@ def _unreadable(path: str, error: Exception) -> ConversionError:
     return ConversionError(f"cannot be read as an image ({reason})", "restore the file", path)
 
 
-def _first_three(reader: sitk.ImageFileReader) -> sitk.Image:
-    """Return a voxel with the geometry of a four-dimensional image's first three axes."""
-    import SimpleITK as sitk
-
-    voxel = sitk.Image(1, 1, 1, sitk.sitkUInt8)
-    voxel.SetSpacing(reader.GetSpacing()[:3])
-    voxel.SetOrigin(reader.GetOrigin()[:3])
-    voxel.SetDirection(np.array(reader.GetDirection()).reshape(4, 4)[:3, :3].ravel().tolist())
-    return voxel
-
-
 def _nifti_values(path: str, size: tuple[int, ...]) -> sitk.Image:
     """Return the voxels of a NIfTI file, every byte of which was checked, without geometry."""
-    import nibabel
     import SimpleITK as sitk
 
-    opener = _gzip().open if path.lower().endswith(".gz") else open
-    try:
-        with opener(path, "rb") as stream:
-            values = _voxels(stream)
-    except (*_READ_ERRORS, nibabel.filebasedimages.ImageFileError, nibabel.spatialimages.HeaderDataError) as error:
-        reason = str(error).strip().splitlines()[-1] if str(error).strip() else type(error).__name__
-        raise ConversionError(f"is cut off or damaged ({reason})", "restore the file", path) from error
-    values = values.reshape(size, order="F").T
-    if values.dtype == np.float16 or not values.dtype.isnative:
-        values = values.astype(np.float32 if values.dtype == np.float16 else values.dtype.newbyteorder("="))
-    return sitk.GetImageFromArray(values)
+    with nifti_errors(path), NiftiStream(path) as stream:
+        values = stream.read(stream.count)
+        stream.finish()
+        return sitk.GetImageFromArray(values.reshape(size, order="F").T)
 
 
-def _voxels(stream: IO[bytes]) -> np.ndarray:
-    """Return the voxels of an open NIfTI file in file order, after slope and intercept, having read it to its end."""
+@contextlib.contextmanager
+def nifti_errors(path: str) -> Iterator[None]:
+    """Turn what reading a damaged NIfTI file raises into a ConversionError."""
     import nibabel
 
-    start = stream.read(4)
-    kind = nibabel.Nifti2Header if start in (b"\x1c\x02\0\0", b"\0\0\x02\x1c") else nibabel.Nifti1Header
-    block = start + stream.read(kind.sizeof_hdr - len(start))
-    # Without nibabel's own check, which speaks on the terminal.
-    header = kind(block, check=False)
-    kind_of_voxel, count = header.get_data_dtype(), int(np.prod(header.get_data_shape()))
-    offset = int(header.get_data_offset())
-    if offset < kind.sizeof_hdr + 4:
-        # Programs differ in where they then begin to read.
-        raise ValueError(f"vox_offset is {offset}, the header takes {kind.sizeof_hdr + 4} bytes")
-    stream.read(offset - kind.sizeof_hdr)
-    values = np.empty(count, kind_of_voxel)
-    view, filled = memoryview(values.view(np.uint8)), 0
-    while filled < len(view):
-        # Parts that stay in the processor's cache between decompression and checksum.
-        got = stream.readinto(view[filled : filled + _CHUNK])
-        if not got:
-            raise EOFError(f"{filled} of {len(view)} bytes of voxels")
-        filled += got
-    # The checksum of a compressed file is behind its last byte.
-    while stream.read(_CHUNK):
-        pass
-    slope, intercept = header.get_slope_inter()
-    if slope not in (None, 1.0) or intercept not in (None, 0.0):
-        values = values * (1.0 if slope is None else slope) + (intercept or 0.0)
-    return values
+    try:
+        yield
+    except (*_READ_ERRORS, nibabel.filebasedimages.ImageFileError, nibabel.spatialimages.HeaderDataError) as error:
+        if isinstance(error, ConversionError):
+            raise
+        reason = str(error).strip().splitlines()[-1] if str(error).strip() else type(error).__name__
+        raise ConversionError(f"is cut off or damaged ({reason})", "restore the file", path) from error
 
 
 def _check_numbers(path: str, image: sitk.Image) -> None:
     import SimpleITK as sitk
 
-    values = sitk.GetArrayViewFromImage(image)
+    not_numbers = count_not_numbers(sitk.GetArrayViewFromImage(image))
+    if not_numbers:
+        raise no_numbers(path, not_numbers)
+
+
+def count_not_numbers(values: np.ndarray) -> int:
+    """Return how many values are NaN or infinite."""
     if values.dtype.kind != "f":
-        return
+        return 0
     # A sum is not finite when one value is not, and needs no map of all voxels; float64 does not overflow here.
     with np.errstate(invalid="ignore", over="ignore"):
         if np.isfinite(values.sum(dtype=np.float64)):
-            return
-    bad = int(values.size - np.isfinite(values).sum())
-    if bad:
-        raise ConversionError(
-            f"holds {bad} voxels that are no numbers (NaN or infinite)", "mend or leave out the file", path
-        )
+            return 0
+    return int(values.size - np.isfinite(values).sum())
+
+
+def no_numbers(path: str, count: int) -> ConversionError:
+    """Return the error of a file with voxels that are no numbers."""
+    what = f"holds {count} voxels that are no numbers (NaN or infinite)"
+    return ConversionError(what, "mend or leave out the file", path)
 
 
 def fits_as_it_is(image: sitk.Image, path: str, is_label: bool, orientation: str) -> bool:
     """True where nnU-Net can read a file as it is: compressed NIfTI of a pixel type and orientation that will do."""
-    from dataset_conversion import resampling
-
     kind = image.GetPixelIDTypeAsString()
-    readable = "integer" in kind if is_label else kind in _IMAGE_TYPES
-    return readable and path.endswith(".nii.gz") and resampling.orientation_code(image) == orientation
+    return can_be_taken(path, kind, is_label) and orientation_code(image) == orientation
+
+
+def can_be_taken(path: str, pixel_type: str, is_label: bool) -> bool:
+    """True for a compressed NIfTI file of a pixel type (SimpleITK's words) that nnU-Net reads as it should."""
+    readable = "integer" in pixel_type if is_label else pixel_type in _IMAGE_TYPES
+    return readable and path.endswith(".nii.gz")
 
 
 def usual_orientation(paths: Sequence[str]) -> str:
     """Return the orientation most files have: nnU-Net ignores directions, and files that fit are kept as they are."""
-    from dataset_conversion import resampling
-
     counts: Counter[str] = Counter()
     for path in paths:
         try:
-            reader = read_header(path)
-            counts[resampling.orientation_code(reader if reader.GetDimension() == 3 else _first_three(reader))] += 1
+            counts[orientation_code(geometry(volume_header(path)))] += 1
         except (ConversionError, RuntimeError):
             # Reported with its reason when the case is converted.
             continue
@@ -262,7 +240,7 @@ def write_image(image: sitk.Image, path: str) -> None:
     import SimpleITK as sitk
 
     values = sitk.GetArrayViewFromImage(image)
-    with open(path, "wb") as raw, _gzip().GzipFile("", "wb", _LEVEL, raw, mtime=0) as stream:
+    with open(path, "wb") as raw, gzip_module().GzipFile("", "wb", _LEVEL, raw, mtime=0) as stream:
         _write_header(image, values.dtype, stream)
         for part in values:
             stream.write(np.ascontiguousarray(part).data)

@@ -8,6 +8,7 @@ import numpy as np
 
 from dataset_conversion import resampling
 from dataset_conversion.errors import ConversionError
+from dataset_conversion.resampling import Grid
 
 if TYPE_CHECKING:
     import SimpleITK as sitk
@@ -25,7 +26,7 @@ _ABOVE_BRAIN_MM = 10.0
 _WORKING_MM = 4.0
 
 
-def extent(image: sitk.Image) -> np.ndarray:
+def extent(image: sitk.Image | Grid) -> np.ndarray:
     """Return the box of an image, voxels' edges included: shape (2, 3), lowest and highest x, y, z in mm, LPS.
 
     Raises:
@@ -43,36 +44,35 @@ def intersection(first: np.ndarray, second: np.ndarray) -> np.ndarray:
     return np.stack([np.maximum(first[0], second[0]), np.minimum(first[1], second[1])])
 
 
-def cropped(image: sitk.Image, box: np.ndarray) -> sitk.Image:
-    """Return the part of an image whose voxel centres lie in a box.
+def cropped(grid: Grid, box: np.ndarray) -> Grid:
+    """Return the part of a grid whose voxel centres lie in a box.
 
     Raises:
         ConversionError: none does.
     """
-    import SimpleITK as sitk
-
-    extent(image)
-    index = np.array([image.TransformPhysicalPointToContinuousIndex(corner.tolist()) for corner in box])
+    extent(grid)
+    index = resampling.to_index(grid, box)
     low = np.maximum(np.ceil(index.min(axis=0) - 1e-6), 0).astype(int)
-    high = np.minimum(np.floor(index.max(axis=0) + 1e-6), np.array(image.GetSize()) - 1).astype(int)
+    high = np.minimum(np.floor(index.max(axis=0) + 1e-6), np.array(grid.size) - 1).astype(int)
     if (high < low).any():
         raise ConversionError("no voxel lies in the box it is to be cropped to", "check the box and the geometry")
-    return sitk.RegionOfInterest(image, (high - low + 1).tolist(), low.tolist())
+    return resampling.part_of(grid, low, high - low + 1)
 
 
-def grid_of(box: np.ndarray, spacing: tuple[float, float, float]) -> sitk.Image:
-    """Return an empty image (uint8) of a spacing whose voxels fill a box, axes along the patient's (LPS)."""
-    import SimpleITK as sitk
-
+def grid_in(box: np.ndarray, spacing: tuple[float, float, float]) -> Grid:
+    """Return the grid of a spacing whose voxels fill a box, axes along the patient's (LPS)."""
     step = np.array(spacing)
     size = np.maximum(np.round((box[1] - box[0]) / step), 1).astype(int)
-    grid = sitk.Image(*size.tolist(), sitk.sitkUInt8)
-    grid.SetSpacing(step.tolist())
-    grid.SetOrigin(((box[0] + box[1]) / 2 - (size - 1) / 2 * step).tolist())
-    return grid
+    origin = (box[0] + box[1]) / 2 - (size - 1) / 2 * step
+    return Grid(tuple(size.tolist()), tuple(step.tolist()), tuple(origin.tolist()), tuple(np.eye(3).ravel().tolist()))
 
 
-def head_and_neck(pet: sitk.Image) -> tuple[np.ndarray, str]:
+def working_grid(grid: sitk.Image | Grid) -> Grid:
+    """Return the grid that ``head_and_neck`` wants a PET on, from its own."""
+    return grid_in(extent(grid), (_WORKING_MM,) * 3)
+
+
+def head_and_neck(smooth: sitk.Image) -> tuple[np.ndarray, str]:
     """Find head and neck in a PET: from the top of the brain down, centred on it.
 
     The brain is the uppermost connected volume of at least 200 ml with SUV of 3 or more that begins within 500 mm of
@@ -80,7 +80,7 @@ def head_and_neck(pet: sitk.Image) -> tuple[np.ndarray, str]:
     that begins below it, another tracer) the uppermost part of the body takes its place.
 
     Args:
-        pet: SUV.
+        smooth: SUV on ``working_grid``.
 
     Returns:
         The box, shape (2, 3), mm, LPS, 200 x 200 x 310 mm; and in words what it was found by.
@@ -90,10 +90,6 @@ def head_and_neck(pet: sitk.Image) -> tuple[np.ndarray, str]:
     """
     import SimpleITK as sitk
 
-    box = extent(pet)
-    smooth = sitk.Resample(
-        sitk.Cast(pet, sitk.sitkFloat32), grid_of(box, (_WORKING_MM,) * 3), sitk.Transform(), sitk.sitkLinear, 0.0
-    )
     values = sitk.GetArrayFromImage(smooth)
     found = _brain(values)
     how = "the brain"

@@ -52,10 +52,29 @@ class Grid:
         return self.direction
 
 
+def grid_of(image: sitk.Image | Grid) -> Grid:
+    """Return the grid of an image."""
+    return Grid(image.GetSize(), image.GetSpacing(), image.GetOrigin(), image.GetDirection())
+
+
+def _steps(grid: sitk.Image | Grid) -> np.ndarray:
+    return np.array(grid.GetDirection()).reshape(3, 3) * np.array(grid.GetSpacing())
+
+
 def to_world(grid: sitk.Image | Grid, index: np.ndarray) -> np.ndarray:
     """Return the positions (n, 3), mm, LPS, of voxel indices (n, 3), order x, y, z."""
-    matrix = np.array(grid.GetDirection()).reshape(3, 3) * np.array(grid.GetSpacing())
-    return index @ matrix.T + np.array(grid.GetOrigin())
+    return index @ _steps(grid).T + np.array(grid.GetOrigin())
+
+
+def to_index(grid: sitk.Image | Grid, points: np.ndarray) -> np.ndarray:
+    """Return the continuous voxel indices (n, 3), order x, y, z, of positions (n, 3) in mm, LPS."""
+    return (points - np.array(grid.GetOrigin())) @ np.linalg.inv(_steps(grid)).T
+
+
+def part_of(grid: sitk.Image | Grid, low: np.ndarray, size: np.ndarray) -> Grid:
+    """Return the grid of a box of another grid's voxels, from the index of its first voxel and its size (x, y, z)."""
+    (origin,) = to_world(grid, np.array([low], dtype=float))
+    return Grid(tuple(map(int, size)), grid.GetSpacing(), tuple(origin.tolist()), grid.GetDirection())
 
 
 def corners(image: sitk.Image | Grid) -> np.ndarray:
@@ -79,15 +98,20 @@ def as_type(image: sitk.Image, kind: int) -> sitk.Image:
     return image if image.GetPixelID() == kind else sitk.Cast(image, kind)
 
 
-def same_lattice(first: sitk.Image, second: sitk.Image) -> bool:
-    """True where the voxels of both images lie on one lattice, though one may have more of them (to 5 % of a voxel)."""
-    if not np.allclose(first.GetDirection(), second.GetDirection(), rtol=0, atol=1e-3):
+def same_lattice(first: sitk.Image | Grid, second: sitk.Image | Grid, within: float = LATTICE_VOXELS) -> bool:
+    """True where the voxels of both images lie on one lattice, though one may have more of them.
+
+    Args:
+        first, second: images or grids; axes may be swapped or run the other way.
+        within: how far apart voxels may be, in voxels.
+    """
+    # A step along an axis of the one must be a step along some axis of the other.
+    turn = np.linalg.inv(_steps(second)) @ _steps(first)
+    if not np.array_equal(np.abs(turn.round()).sum(axis=0), np.ones(3)) or not np.linalg.det(turn.round()):
         return False
-    drift = np.abs(np.array(first.GetSpacing()) - np.array(second.GetSpacing())) * np.array(first.GetSize())
-    if (drift > LATTICE_VOXELS * np.array(second.GetSpacing())).any():
-        return False
-    offset = np.array(second.TransformPhysicalPointToContinuousIndex(first.GetOrigin()))
-    return bool(np.abs(offset - offset.round()).max() <= LATTICE_VOXELS)
+    stretched = np.abs(turn - turn.round()) @ np.array(first.GetSize())
+    index = to_index(second, corners(first))
+    return bool(stretched.max() <= within and np.abs(index - index.round()).max() <= within)
 
 
 def overlap(grid: sitk.Image | Grid, image: sitk.Image | Grid) -> float:
@@ -124,13 +148,13 @@ def describe_difference(image: sitk.Image | Grid, other: sitk.Image | Grid) -> s
 
 
 def onto_grid(
-    image: sitk.Image, reference: sitk.Image, fill: float, nearest: bool = False, kind: int | None = None
+    image: sitk.Image, reference: sitk.Image | Grid, fill: float, nearest: bool = False, kind: int | None = None
 ) -> tuple[sitk.Image, bool]:
     """Return the image on the grid of ``reference``, and whether it had to be resampled.
 
     Args:
         image: moving image.
-        reference: image whose grid is wanted.
+        reference: the grid that is wanted.
         fill: value outside the image.
         nearest: nearest neighbour (masks) instead of linear interpolation.
         kind: SimpleITK pixel type of the result; that of the image where None.
@@ -140,10 +164,32 @@ def onto_grid(
     kind = image.GetPixelID() if kind is None else kind
     if same_grid(image, reference):
         copy = sitk.Image(as_type(image, kind))
-        copy.CopyInformation(reference)
+        set_geometry(copy, reference)
         return copy, False
-    interpolator = sitk.sitkNearestNeighbor if nearest else sitk.sitkLinear
-    return sitk.Resample(image, reference, sitk.Transform(), interpolator, fill, kind), True
+    return resampled(image, reference, fill, nearest, kind), True
+
+
+def set_geometry(image: sitk.Image, grid: sitk.Image | Grid) -> sitk.Image:
+    """Give an image a grid's spacing, origin and direction; returns it."""
+    image.SetSpacing(grid.GetSpacing())
+    image.SetOrigin(grid.GetOrigin())
+    image.SetDirection(grid.GetDirection())
+    return image
+
+
+def resampled(image: sitk.Image, grid: sitk.Image | Grid, fill: float, nearest: bool, kind: int) -> sitk.Image:
+    """Return an image interpolated at the voxels of a grid; arguments as in ``onto_grid``."""
+    import SimpleITK as sitk
+
+    filter_ = sitk.ResampleImageFilter()
+    filter_.SetSize(grid.GetSize())
+    filter_.SetOutputSpacing(grid.GetSpacing())
+    filter_.SetOutputOrigin(grid.GetOrigin())
+    filter_.SetOutputDirection(grid.GetDirection())
+    filter_.SetInterpolator(sitk.sitkNearestNeighbor if nearest else sitk.sitkLinear)
+    filter_.SetDefaultPixelValue(fill)
+    filter_.SetOutputPixelType(kind)
+    return filter_.Execute(image)
 
 
 def orientation_code(image: sitk.Image | Grid) -> str:
@@ -176,6 +222,23 @@ def oriented(image: sitk.Image, code: str = "LPS") -> sitk.Image:
     return exact
 
 
+def oriented_grid(grid: sitk.Image | Grid, code: str = "LPS") -> Grid:
+    """Return the grid that ``oriented`` gives an image."""
+    import SimpleITK as sitk
+
+    voxel = set_geometry(sitk.Image(1, 1, 1, sitk.sitkUInt8), grid)
+    turn = sitk.DICOMOrientImageFilter()
+    turn.SetDesiredCoordinateOrientation(code)
+    exact = oriented(turn.Execute(voxel), code)
+    order, flip = list(turn.GetPermuteOrder()), turn.GetFlipAxes()
+    size = np.array(grid.GetSize())
+    first = np.zeros(3)
+    for axis, source in enumerate(order):
+        first[source] = size[source] - 1 if flip[axis] else 0
+    (origin,) = to_world(grid, first[None])
+    return Grid(tuple(size[order].tolist()), exact.GetSpacing(), tuple(origin.tolist()), exact.GetDirection())
+
+
 def grid_record(image: sitk.Image | Grid) -> dict[str, Any]:
     """Return size, spacing, origin and direction (x, y, z order, mm, LPS), ready for JSON."""
     return {
@@ -198,8 +261,6 @@ def fraction_inside(voxels: np.ndarray, grid: sitk.Image | Grid, image: sitk.Ima
     Returns:
         0 to 1.
     """
-    world = to_world(grid, voxels)
-    to_index = np.linalg.inv(np.array(image.GetDirection()).reshape(3, 3) * np.array(image.GetSpacing()))
-    index = (world - np.array(image.GetOrigin())) @ to_index.T
+    index = to_index(image, to_world(grid, voxels))
     inside = ((index >= -0.5) & (index <= np.array(image.GetSize()) - 0.5)).all(axis=1)
     return float(inside.mean())

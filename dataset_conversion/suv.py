@@ -60,7 +60,7 @@ class SUVConversion:
         factors: float64, shape (slices,): multiply the rescaled values (slope and intercept applied) of slice i with
             ``factors[i]`` to get SUVbw in g/ml.
         warnings: doubtful choices, one sentence each.
-        provenance: the rules and figures used, ready for JSON.
+        provenance: the rules and figures used and, under ``doubtful``, the doubtful choices again, ready for JSON.
     """
 
     factors: np.ndarray
@@ -108,6 +108,9 @@ def suv_conversion(headers: Sequence[Dataset]) -> SUVConversion:
             f"{tag_label('Units')} is {units!r}" if units else f"{tag_label('Units')} is missing",
             "convertible are BQML, GML, CM2ML, and CNTS with Philips' private factors",
         )
+    if notes.warnings:
+        # The record of a figure says itself what is doubtful in it, wherever it is taken.
+        notes.provenance["doubtful"] = list(notes.warnings)
     return SUVConversion(np.asarray(factors, dtype=np.float64), notes.warnings, notes.provenance)
 
 
@@ -310,6 +313,7 @@ def _weight_kg(series: SeriesHeaders, notes: Notes) -> float:
         raise SUVError(f"{label} is {weight:g}", remedy)
     if weight > 1000.0:
         notes.warn(f"{label} is {weight:g}: taken as grams")
+        notes.provenance["weight_read_as"] = "g"
         weight /= 1000.0
         if weight < 1.0:
             raise SUVError(f"{label} is {weight * 1000:g}", remedy)
@@ -329,6 +333,7 @@ def _height_cm(series: SeriesHeaders, notes: Notes) -> float:
         )
     if 30.0 <= height <= 250.0:
         notes.warn(f"{label} is {height:g}: taken as cm")
+        notes.provenance["height_read_as"] = "cm"
         height /= 100.0
     if not 0.3 <= height <= 2.5:
         raise SUVError(f"{label} is {height:g} m, which is hardly possible", "correct the tag")
@@ -356,6 +361,7 @@ def _dose_bq(series: SeriesHeaders, notes: Notes) -> float:
         )
     if dose < 1e4:
         notes.warn(f"{label} is {dose:g}: taken as MBq")
+        notes.provenance["dose_read_as"] = "MBq"
         dose *= 1e6
     elif dose < 1e6:
         notes.warn(f"{label} is {dose:g} Bq, which is very little")

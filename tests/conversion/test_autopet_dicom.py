@@ -350,13 +350,14 @@ def test_a_copy_of_a_seg_is_no_second_one(raw, source):
 
 
 @pytest.mark.parametrize("orientation", [(1, 0, 0, 0, 1, 0), (1, 0, 0, 0, -1, 0), (0, 1, 0, 0, 0, -1)])
-@pytest.mark.parametrize("slab", [1, 5, 100])
-def test_reading_onto_a_grid_is_resampling(tmp_path, monkeypatch, orientation, slab):
+@pytest.mark.parametrize("held", [1, 5, 100])
+def test_reading_onto_a_grid_is_resampling(tmp_path, monkeypatch, orientation, held):
     """Some slices at a time or all at once: the same values, also beyond the ends and with other axes."""
-    import dataset_conversion.dicom_pixels as pixels
+    from dataset_conversion import dicom_pixels as pixels
+    from dataset_conversion import slabs
     from dataset_conversion.dicom_series import group_series, read_stack, scan
 
-    monkeypatch.setattr(pixels, "_SLAB", slab)
+    monkeypatch.setattr(slabs, "_HELD", held)
     study = Patient(tmp_path, "x")
     values = np.random.default_rng(0).integers(-1000, 1000, (12, 36, 40))
     study.write_ct(values=values, orientation=orientation)

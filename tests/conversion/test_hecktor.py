@@ -291,10 +291,15 @@ class Body:
         return np.float32(np.where(brain & self.brain, 8.0, values))
 
 
+def head_and_neck(pet: sitk.Image):
+    from dataset_conversion import regions
+    from dataset_conversion.resampling import onto_grid
+
+    return regions.head_and_neck(onto_grid(pet, regions.working_grid(pet), 0.0)[0])
+
+
 @pytest.mark.parametrize("arms", [False, True], ids=["arms down", "arms up"])
 def test_head_and_neck_by_the_brain(arms):
-    from dataset_conversion.regions import head_and_neck
-
     box, how = head_and_neck(Body(arms=arms).image)
     assert how == "the brain"
     # The brain reaches from 70 to 190 mm below the top, around x = 12, y = -6.
@@ -305,8 +310,6 @@ def test_head_and_neck_by_the_brain(arms):
 
 @pytest.mark.parametrize("height", [500, 900], ids=["without", "with a bladder"])
 def test_head_and_neck_without_a_brain(height):
-    from dataset_conversion.regions import head_and_neck
-
     box, how = head_and_neck(Body(height=height, brain=False).image)
     assert "no brain was found" in how
     assert box[1][2] == pytest.approx(-100 - 60 + 10, abs=8)
@@ -314,7 +317,6 @@ def test_head_and_neck_without_a_brain(height):
 
 def test_head_and_neck_of_nothing():
     from dataset_conversion.errors import ConversionError
-    from dataset_conversion.regions import head_and_neck
 
     with pytest.raises(ConversionError, match="shows no body"):
         head_and_neck(grid_image((50, 50, 50), (4.0, 4.0, 4.0), (0, 0, 0), lambda x, y, z: 0 * x))

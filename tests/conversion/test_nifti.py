@@ -162,7 +162,7 @@ def test_without_isal(tmp_path, monkeypatch):
     """Where ISA-L has no wheel, zlib does the same work: other bytes, the same volume."""
     import dataset_conversion.nifti as module
 
-    monkeypatch.setattr(module, "_gzip", lambda: gzip)
+    monkeypatch.setattr(module, "gzip_module", lambda: gzip)
     path = str(tmp_path / "x.nii.gz")
     write_image(image(), path)
     assert_same(read_image(path), image())
@@ -193,8 +193,11 @@ def test_voxels_that_begin_in_the_header(tmp_path, offset):
 def test_more_than_three_axes(tmp_path):
     from dataset_conversion.nifti import usual_orientation
 
-    path = str(tmp_path / "x.nii.gz")
+    path, flat = str(tmp_path / "x.nii.gz"), str(tmp_path / "flat.nii.gz")
     nibabel.save(nibabel.Nifti1Image(np.ones((3, 4, 5, 2), np.float32), np.eye(4)), path)
-    assert usual_orientation([path]) == "RAS"
+    nibabel.save(nibabel.Nifti1Image(np.ones((3, 4, 5, 1), np.float32), np.eye(4)), flat)
+    assert read_image(flat).GetSize() == (3, 4, 5)
+    assert usual_orientation([path, flat]) == "RAS"
+    assert usual_orientation([path]) == "LPS", "what is no volume has no say"
     with pytest.raises(ConversionError, match="is no volume"):
         read_image(path)

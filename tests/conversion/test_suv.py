@@ -231,6 +231,17 @@ def test_dose_in_mbq_and_weight_in_grams() -> None:
     assert {"grams" in str(item.message) or "MBq" in str(item.message) for item in caught} == {True}
 
 
+def test_every_doubtful_choice_is_in_the_provenance() -> None:
+    """Units that were guessed, and any other doubt, are told in the record of the figures as well."""
+    doubtful = suv_conversion([pet_header({"RadionuclideTotalDose": 350.0}, PatientWeight=70000.0)])
+    assert doubtful.provenance["weight_read_as"] == "g"
+    assert doubtful.provenance["dose_read_as"] == "MBq"
+    assert doubtful.provenance["doubtful"] == doubtful.warnings
+    assert len(doubtful.warnings) >= 2
+    plain = suv_conversion([pet_header()]).provenance
+    assert not {"doubtful", "weight_read_as", "dose_read_as"} & set(plain)
+
+
 @pytest.mark.parametrize(
     ("code", "meaning", "half_life"),
     [
