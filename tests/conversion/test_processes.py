@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import random
 import shutil
 import signal
 import subprocess
@@ -86,38 +85,60 @@ def test_dask_workers_that_do_not_see_the_data(cluster, tmp_path):
 
 
 @pytest.mark.skipif(os.name == "nt", reason="SIGKILL is a POSIX signal")
-@pytest.mark.parametrize("processes", ["1", "2"])
-def test_killed_at_random_moments(raw, studies, processes):
-    """Killed again and again, from the first import to the last rename, it ends with the same bytes."""
+def test_killed_at_every_change_of_the_folder(tmp_path, source):
+    """Killed while it makes, writes, moves or removes any of its files, it goes on and ends with the same bytes."""
+    for index in range(3):
+        write_study(source, f"{index:010d}", CTres=None)
+    folder = tmp_path / "runs"
+    script = Path(__file__).with_name("killed_runs.py")
+    killed = subprocess.run(
+        [sys.executable, str(script), str(folder), "dataset_conversion.autopet", "-i", str(source), "-d", "630",
+         "-np", "1"],
+        env=environment(), capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert killed.returncode == 0, killed.stderr[-2000:]
+    changes = int((folder / "count").read_text())
+    assert changes > 20
+    expected = tree(folder / "whole" / "nnUNet_raw" / DATASET)
+    seen = 0
+    for change in range(1, changes + 1):
+        raw = folder / str(change) / "nnUNet_raw"
+        assert [path.name for path in raw.iterdir()] == [DATASET], change
+        assert tree(raw / DATASET) == expected, change
+        between = folder / str(change) / "seen"
+        if between.exists():
+            seen += 1
+            assert tree(between) == expected, f"half-written at change {change}"
+    assert seen < changes
+
+
+@pytest.mark.skipif(os.name == "nt", reason="SIGKILL is a POSIX signal")
+def test_killed_with_two_processes(raw, studies):
+    """The first process is killed when the first file appears, and as more and more are there."""
 
     def start() -> subprocess.Popen:
         return subprocess.Popen(
-            command(studies, "-np", processes), env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+            command(studies, "-np", "2"), env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
         )
 
-    started = time.monotonic()
     error = (run := start()).communicate()[1]
     assert run.returncode == 0, error
-    whole = time.monotonic() - started
     expected = tree(raw)
-    shutil.rmtree(raw)
-    moments = random.Random(int(processes))
     kills = 0
-    for _ in range(8):
+    for files in (1, 8, 25):
+        shutil.rmtree(raw)
         run = start()
-        try:
-            # What was finished is kept, so that later runs are shorter and may get to the end.
-            run.communicate(timeout=whole * moments.uniform(0.4, 0.95))
-        except subprocess.TimeoutExpired:
-            run.send_signal(signal.SIGKILL)
-            run.communicate()
-            kills += 1
+        while run.poll() is None and sum(path.is_file() for path in raw.rglob("*")) < files:
+            time.sleep(0.002)
+        run.send_signal(signal.SIGKILL)
+        run.communicate()
+        kills += run.returncode == -signal.SIGKILL
         assert not (raw / DATASET).exists() or tree(raw / DATASET) == tree_of(expected), "half-written"
+        error = (run := start()).communicate()[1]
+        assert run.returncode == 0, error
+        assert tree(raw) == expected
+        assert [path.name for path in raw.iterdir()] == [DATASET]
     assert kills
-    error = (run := start()).communicate()[1]
-    assert run.returncode == 0, error
-    assert tree(raw) == expected
-    assert [path.name for path in raw.iterdir()] == [DATASET]
 
 
 def tree_of(expected: dict[str, str]) -> dict[str, str]:
