@@ -23,7 +23,7 @@ _BRAIN_SHARE = 0.35
 _BODY_SUV = 0.4
 _BODY_ML_PER_MM = 2.0
 _ABOVE_BRAIN_MM = 10.0
-_WORKING_MM = 4.0
+_WORKING_MM = 5.0
 
 
 def extent(image: sitk.Image | Grid) -> np.ndarray:
@@ -90,7 +90,7 @@ def head_and_neck(smooth: sitk.Image) -> tuple[np.ndarray, str]:
     """
     import SimpleITK as sitk
 
-    values = sitk.GetArrayFromImage(smooth)
+    values = sitk.GetArrayViewFromImage(smooth)
     found = _brain(values)
     how = "the brain"
     if found is None:

@@ -160,15 +160,17 @@ def plane_deviation(roi: Roi, stack: SliceStack) -> float:
     return float(nearest.max() / stack.spacing[2])
 
 
-def rasterise(roi: Roi, stack: SliceStack) -> tuple[np.ndarray, list[str]]:
+def rasterise(roi: Roi, stack: SliceStack, mask: np.ndarray | None = None) -> tuple[np.ndarray, list[str]]:
     """Fill a ROI on the slices of a stack.
 
     Args:
         roi: its closed contours, in mm.
         stack: the grid, usually of the series the ROI was drawn on.
+        mask: what the ROI is added to, uint8, shape (z, y, x); slices without a contour are not touched, so that of an
+            array of zeros they take no memory. An empty one where None.
 
     Returns:
-        uint8 mask of shape (z, y, x) on the stack's grid, and notes on how the contours were placed.
+        The mask on the stack's grid, and notes on how the contours were placed.
 
     Raises:
         ConversionError: no contours, a contour that belongs to no slice, or one that does not lie in a slice.
@@ -212,7 +214,7 @@ def rasterise(roi: Roi, stack: SliceStack) -> tuple[np.ndarray, list[str]]:
         )
     if outside:
         notes.append(f"a part of ROI {roi.name!r} lies outside the image and was cut off")
-    mask = np.zeros((slices, rows, columns), dtype=bool)
+    mask = np.zeros((slices, rows, columns), dtype=np.uint8) if mask is None else mask
     counts: Counter[str] = Counter()
     for index, contours in sorted(on_slice.items()):
         # Contours of one plane form holes among each other; those of another plane on the same slice never do.
@@ -226,7 +228,7 @@ def rasterise(roi: Roi, stack: SliceStack) -> tuple[np.ndarray, list[str]]:
     missing = used[-1] - used[0] + 1 - len(used)
     if missing:
         notes.append(f"{missing} slices between the first and last contour of ROI {roi.name!r} have no contour")
-    return mask.astype(np.uint8), notes
+    return mask, notes
 
 
 def _slice_by_position(roi: Roi, contour: Contour, height: float, stack: SliceStack) -> int:

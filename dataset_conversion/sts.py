@@ -98,8 +98,9 @@ def convert(case: Case, options: Mapping[str, Any], writer: CaseWriter) -> dict[
     import SimpleITK as sitk
 
     from dataset_conversion import resampling
-    from dataset_conversion.dicom_pixels import read_volume, with_stack_geometry
+    from dataset_conversion.dicom_pixels import grid_of_stack, read_onto, read_volume
     from dataset_conversion.rtstruct import rasterise
+    from dataset_conversion.slabs import resample_slices
 
     selection, suv = _prepare(case, options)
     warnings = [*selection.notes, *suv.warnings]
@@ -107,23 +108,30 @@ def convert(case: Case, options: Mapping[str, Any], writer: CaseWriter) -> dict[
     mask = np.zeros(drawn_on.size[::-1], dtype=np.uint8)
     for roi in selection.rois:
         try:
-            filled, notes = rasterise(roi, drawn_on)
+            warnings += rasterise(roi, drawn_on, mask)[1]
         except ConversionError as error:
             raise error.located(selection.structure.path) from error
-        mask |= filled
-        warnings += notes
     if not mask.any():
         remedy = "check the contours, or leave the patient out"
         raise ConversionError("the tumour's contours enclose no voxel centre", remedy, selection.structure.path)
-    ct = resampling.oriented(read_volume(selection.ct))
+    grids = {name: grid_of_stack(stack) for name, stack in (("CT", selection.ct), ("PET", selection.pet))}
     pet = resampling.oriented(read_volume(selection.pet, suv.factors))
-    label = resampling.oriented(with_stack_geometry(sitk.GetImageFromArray(mask), drawn_on))
+    if options["grid"] == "ct":
+        reference, other_name, fill = resampling.oriented(read_volume(selection.ct)), "PET", resampling.FILL_PET
+        moved = resampling.onto_grid(pet, reference, fill)[0]
+    else:
+        # The CT has ten to forty times the PET's voxels: it is resampled while its slices are read.
+        reference, other_name, fill = pet, "CT", resampling.FILL_CT
+        moved = read_onto(selection.ct, reference, fill)
+    other = grids[other_name]
+    other_resampled = not resampling.same_grid(resampling.oriented_grid(other), reference)
+    drawn_grid = grid_of_stack(drawn_on)
+    label_resampled = not resampling.same_grid(resampling.oriented_grid(drawn_grid), reference)
+    label_moved = resample_slices(
+        drawn_grid, lambda index: mask[index], reference, 0, nearest=True, kind=sitk.sitkUInt8
+    )  # fmt: skip
     warnings += [f"CT: {note}" for note in selection.ct.notes] + [f"PET: {note}" for note in selection.pet.notes]
-    before = {"CT": resampling.grid_record(ct), "PET": resampling.grid_record(pet)}
-    reference, other = (ct, pet) if options["grid"] == "ct" else (pet, ct)
-    other_name, fill = ("PET", resampling.FILL_PET) if options["grid"] == "ct" else ("CT", resampling.FILL_CT)
-    moved, other_resampled = resampling.onto_grid(other, reference, fill)
-    label_moved, label_resampled = resampling.onto_grid(label, reference, 0, nearest=True)
+    before = {name: resampling.grid_record(grid) for name, grid in grids.items()}
     voxels = np.argwhere(sitk.GetArrayViewFromImage(label_moved))[:, ::-1]
     if not len(voxels):
         remedy = "give the images the contours belong to"

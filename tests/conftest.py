@@ -93,6 +93,8 @@ class Workspace:
 #: Sizes with which a step takes a fraction of a second: a patch, and channels for the network.
 TINY = ("--patch-size", "16", "16", "16", "--n-stages", "3", "--features", "2", "4", "4")
 TINY_2D = ("-c", "2d", "--patch-size", "48", "40", "--batch-size", "4", "--n-stages", "3", "--features", "2", "4", "4")
+#: For whole trainings and predictions: a window that takes a case in 36 steps and not in 315.
+WIDE = ("--patch-size", "32", "24", "32", "--n-stages", "3", "--features", "2", "4", "4")
 #: One window holds a slice of the phantom: CIPA takes long for each.
 TINY_CIPA_2D = ("-c", "2d", "--patch-size", "64", "64", "--batch-size", "4", "--features", "8", "8", "16", "16")
 TINY_CIPA = ("--patch-size", "24", "24", "24", "--features", "8", "8", "16", "16")

@@ -69,7 +69,8 @@ def test_orientations_of_the_pet(tmp_path, orientation):
     np.testing.assert_array_equal(decoded.mask, lesions())
 
 
-def test_written_by_another_library(pet):
+@pytest.mark.parametrize("kind", ["BINARY", "FRACTIONAL", "LABELMAP"])
+def test_written_by_another_library(pet, kind):
     """highdicom's writer, which leaves empty frames out and fills in every module of the standard."""
     import highdicom as hd
     from pydicom.sr.codedict import codes
@@ -83,7 +84,7 @@ def test_written_by_another_library(pet):
         1, "Tissue", codes.SCT.Tissue, codes.SCT.Tissue, hd.seg.SegmentAlgorithmTypeValues.MANUAL
     )
     seg = hd.seg.Segmentation(
-        sources, lesions(), hd.seg.SegmentationTypeValues.BINARY, [description], hd.UID(), 300, hd.UID(), 1, "m", "m",
+        sources, lesions(), getattr(hd.seg.SegmentationTypeValues, kind), [description], hd.UID(), 300, hd.UID(), 1, "m", "m",
         "1", "1",
     )  # fmt: skip
     path = pet.patient.folder / "highdicom.dcm"

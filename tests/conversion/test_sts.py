@@ -232,15 +232,34 @@ def test_oblique_series_keep_their_grid(raw: Path, source: Path) -> None:
     assert any("oblique" in text for text in report(raw)["cases"]["STS_001"]["warnings"])
 
 
-def test_compressed_slices(raw: Path, source: Path) -> None:
-    from pydicom.uid import RLELossless
-
+@pytest.mark.parametrize("encoding", ["RLE", "JPEG", "JPEG2000"])
+def test_compressed_slices(raw: Path, source: Path, encoding: str) -> None:
+    """Lossless encodings of CT and PET; pydicom reads JPEG with plug-ins that are not installed, GDCM does."""
     patient = Patient(source, "STS_001").write()
-    for path in (source / "ct").iterdir():
-        dataset = pydicom.dcmread(path)
-        dataset.compress(RLELossless)
-        dataset.save_as(path)
     assert convert(source) == 0
+    plain = load(raw, "STS_001")
+    for path in (*(source / "ct").iterdir(), *(source / "pet").iterdir()):
+        dataset = pydicom.dcmread(path)
+        if encoding == "RLE":
+            dataset.compress(pydicom.uid.RLELossless)
+        else:
+            stored = sitk.GetImageFromArray(dataset.pixel_array[None])
+            writer = sitk.ImageFileWriter()
+            writer.SetFileName(str(source / "encoded.dcm"))
+            writer.SetUseCompression(True)
+            writer.SetCompressor(encoding)
+            writer.Execute(stored)
+            encoded = pydicom.dcmread(source / "encoded.dcm")
+            assert encoded.file_meta.TransferSyntaxUID.is_encapsulated
+            dataset.file_meta.TransferSyntaxUID = encoded.file_meta.TransferSyntaxUID
+            dataset.PixelData = encoded.PixelData
+            dataset["PixelData"].is_undefined_length = True
+        dataset.save_as(path)
+    (source / "encoded.dcm").unlink(missing_ok=True)
+    shutil.rmtree(raw)
+    assert convert(source) == 0
+    for image, expected in zip(load(raw, "STS_001"), plain, strict=True):
+        np.testing.assert_array_equal(sitk.GetArrayFromImage(image), sitk.GetArrayFromImage(expected))
     np.testing.assert_array_equal(sitk.GetArrayFromImage(load(raw, "STS_001")[0]), patient.ct_values())
 
 

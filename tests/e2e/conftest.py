@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.conftest import EXT_TRAINERS, Workspace
+from tests.conftest import EXT_TRAINERS, WIDE, Workspace
 
 
 @dataclass(frozen=True)
@@ -34,9 +34,10 @@ class Model:
     def predictions(self) -> Path:
         return self.space.root / self.name
 
-    def train(self) -> None:
+    def train(self, **environment: str) -> None:
+        extra = {"nnUNet_extTrainer": str(EXT_TRAINERS)} | environment
         self.space.run("nnUNetv2_train", "711", self.configuration, "0", "-tr", self.trainer, "-p", self.plans,
-                       "-device", "cpu", nnUNet_extTrainer=str(EXT_TRAINERS))  # fmt: skip
+                       "-device", "cpu", **extra)  # fmt: skip
 
     def predict_arguments(self, output: Path) -> list[str | Path]:
         """Arguments of nnUNetv2_predict for the held-out case."""
@@ -57,16 +58,19 @@ class Model:
 
 @pytest.fixture(scope="session")
 def models(workspace) -> dict[str, Model]:
-    """A trainer that the package registers, the stock trainer with plans that name our network, and stock nnU-Net."""
+    """A trainer of ours, the stock trainer with plans that name our network, and stock nnU-Net."""
     found = {
         model.name: model
         for model in (
-            Model(workspace, "ours", "nnUNetTrainerH2ASeg_1epoch", "nnUNetH2ASegPlans"),
-            Model(workspace, "plans", "nnUNetTrainerFewSteps", "nnUNetH2ASegPlans"),
-            Model(workspace, "stock", "nnUNetTrainerFewSteps", "nnUNetTinyPlans"),
+            Model(workspace, "ours", "nnUNetTrainerH2ASegFewSteps", "nnUNetH2ASegWidePlans"),
+            Model(workspace, "plans", "nnUNetTrainerFewSteps", "nnUNetH2ASegWidePlans"),
+            Model(workspace, "stock", "nnUNetTrainerFewSteps", "nnUNetWidePlans"),
         )
     }
     for model in found.values():
+        if not (workspace.preprocessed / f"{model.plans}.json").exists():
+            network = "stock" if model.name == "stock" else "H2ASeg"
+            workspace.run("h2a_plan", "-d", "711", "--network", network, *WIDE, "-o", model.plans)
         model.train()
         model.predict(model.predictions)
     return found

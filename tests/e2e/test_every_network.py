@@ -7,7 +7,7 @@ import json
 import numpy as np
 import pytest
 
-from tests.conftest import tiny
+from tests.conftest import WIDE, tiny
 from tests.e2e.conftest import Model
 
 #: Network, configuration, trainer; H2ASeg in 3D is what test_pipeline.py runs on.
@@ -36,10 +36,12 @@ def slices(workspace):
     [pytest.param(*case, marks=marks, id=" ".join(case)) for *case, marks in CASES],
 )
 def test_trains_and_predicts(workspace, request, network, configuration, trainer):
-    plans = f"nnUNet{network}Plans"
+    plans = f"nnUNet{network}{'' if network == 'CIPA' else 'Wide'}Plans"
     if configuration == "2d":
         request.getfixturevalue("slices")
         plans = f"nnUNet{network}SlicesPlans"
+    elif network != "CIPA":
+        workspace.run("h2a_plan", "-d", "711", "--network", network, *WIDE, "-o", plans)
     model = Model(workspace, f"{trainer}_{configuration}", trainer, plans, configuration)
     model.train()
     log = "".join(p.read_text() for p in (model.results / "fold_0").glob("training_log*.txt"))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from tests.conftest import ROOT
+from tests.conftest import EXT_TRAINERS, ROOT
 
 CHECK = """
 import sys
@@ -23,4 +23,5 @@ torch.testing.assert_close(torch.from_numpy(predict_patch(file, patch.numpy())),
 
 def test_documented_export_of_a_trained_model(workspace, models, tmp_path):
     (example,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "onnx.md").read_text(), re.S)
-    workspace.run("python", "-c", example + CHECK, models["ours"].results, tmp_path / "network.onnx")
+    workspace.run("python", "-c", example + CHECK, models["ours"].results, tmp_path / "network.onnx",
+                  nnUNet_extTrainer=str(EXT_TRAINERS))  # fmt: skip

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import numpy as np
+import pytest
 import SimpleITK as sitk
 
 from nnunet_h2a.evaluation.dice import score_folder
 from tests.conftest import EXT_TRAINERS
-from tests.e2e.conftest import same
+from tests.e2e.conftest import Model, same
 
 
 def test_trained_models_predict_the_held_out_case(workspace, models):
@@ -22,6 +27,40 @@ def test_trained_models_predict_the_held_out_case(workspace, models):
         assert set(np.unique(sitk.GetArrayFromImage(predicted))) <= {0, 1}
     plans = json.loads((models["ours"].results / "plans.json").read_text())
     assert plans["nnunet_h2a"] == {"ct_channel": 0, "pet_channel": 1, "region_based": False}
+
+
+def test_the_trainer_is_found_and_trains(workspace, models):
+    """``nnUNetv2_train … -tr nnUNetTrainerH2ASeg`` with no variable set, until the first epoch's steps begin."""
+    folder = workspace.root / "begun"
+    command = [Path(sys.executable).parent / "nnUNetv2_train", "711", "3d_fullres", "0", "-tr", "nnUNetTrainerH2ASeg",
+               "-p", "nnUNetH2ASegWidePlans", "-device", "cpu"]  # fmt: skip
+    with (workspace.root / "begun.txt").open("w+") as output:
+        training = subprocess.Popen(
+            command, env=workspace.environment(nnUNet_results=str(folder)), stdout=output, stderr=subprocess.STDOUT
+        )
+        try:
+            end = time.monotonic() + 300
+            log = ""
+            while "Epoch 0" not in log and training.poll() is None and time.monotonic() < end:
+                time.sleep(0.2)
+                log = "".join(path.read_text() for path in folder.rglob("training_log*.txt"))
+            time.sleep(1)
+            assert training.poll() is None, output.seek(0) or output.read()
+        finally:
+            training.kill()
+            training.wait()
+    assert "network: H2ASeg, " in log
+    assert "Epoch 0" in log
+
+
+@pytest.mark.full
+def test_a_whole_epoch(workspace, models):
+    model = Model(workspace, "epoch", "nnUNetTrainerH2ASeg_1epoch", "nnUNetH2ASegWidePlans")
+    model.train(nnUNet_extTrainer="")
+    log = "".join(p.read_text() for p in (model.results / "fold_0").glob("training_log*.txt"))
+    assert "Validation complete" in log
+    model.predict(model.predictions)
+    assert all(np.isfinite(values).all() for values in model.probabilities().values())
 
 
 def test_the_plans_alone_carry_the_network(workspace, models):
