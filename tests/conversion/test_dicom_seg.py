@@ -84,8 +84,8 @@ def test_written_by_another_library(pet, kind):
         1, "Tissue", codes.SCT.Tissue, codes.SCT.Tissue, hd.seg.SegmentAlgorithmTypeValues.MANUAL
     )
     seg = hd.seg.Segmentation(
-        sources, lesions(), getattr(hd.seg.SegmentationTypeValues, kind), [description], hd.UID(), 300, hd.UID(), 1, "m",
-        "m", "1", "1",
+        sources, lesions(), getattr(hd.seg.SegmentationTypeValues, kind), [description], hd.UID(), 300, hd.UID(), 1,
+        "m", "m", "1", "1",
     )  # fmt: skip
     path = pet.patient.folder / "highdicom.dcm"
     seg.save_as(path)
