@@ -123,8 +123,8 @@ def _drop_negatives(discovery: Discovery, options: Mapping[str, Any], progress: 
         progress()
         try:
             positive = not case.labelled or case.payload.has_lesions(options)
-        except ConversionError:
-            # Reported with its reason when the case is converted.
+        except Exception:
+            # Whatever it is: reported with its reason when the case is converted.
             positive = True
         if positive:
             kept.append(case)

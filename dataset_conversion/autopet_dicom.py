@@ -220,7 +220,7 @@ def _tracer(path: str) -> str:
                 texts.append(str(item.get("Radiopharmaceutical") or ""))
                 for code in item.get("RadiopharmaceuticalCodeSequence") or ():
                     texts += [str(code.get("CodeMeaning") or ""), str(code.get("CodeValue") or "")]
-    except (*READ_ERRORS, pydicom.errors.InvalidDicomError):
+    except READ_ERRORS:
         return ""
     words = " ".join(texts).lower()
     if any(word in words for word in _FDG_WORDS) or any(text in _FDG_CODES for text in texts):

@@ -46,6 +46,8 @@ class ReleasedStudy(Study):
     def convert(self, options: Mapping[str, Any], writer: CaseWriter) -> dict[str, Any]:
         """Write CT, SUV and lesions."""
         from dataset_conversion.nifti import read_image
+        from dataset_conversion.resampling import FILL_CT, check_same_place
+        from dataset_conversion.volume_file import VolumeFile
 
         warnings: list[str] = []
         ct_path, pet_path, seg_path = self.parts[self._ct(options)], self.parts["SUV"], self.parts["SEG"]
@@ -53,13 +55,21 @@ class ReleasedStudy(Study):
             warnings.append("CTres is missing; CT was resampled to the PET grid")
         seg = read_image(seg_path)
         label, fits = lesion_label(seg, seg_path, warnings)
-        ct, pet = read_image(ct_path), read_image(pet_path)
+        pet, own = read_image(pet_path), None
+        if ct_path == self.parts.get("CT") and options["grid"] == "pet":
+            # It may have many times the PET's voxels.
+            file = VolumeFile(ct_path)
+            own = file.grid
+            check_same_place(own, pet, ct_path)
+            ct = file.read_onto(pet, FILL_CT)
+        else:
+            ct = read_image(ct_path)
         check_mask_grid(label, pet, seg_path, warnings)
         if ct_path != self.parts.get("CT"):
             check_pet_grid(ct, pet, ct_path)
         written = write_volumes(
-            Volume(ct, ct_path), Volume(pet, pet_path), Volume(label, seg_path, fits), options["grid"],
-            self.orientation, writer, warnings,
+            Volume(ct, ct_path, own is None, own), Volume(pet, pet_path), Volume(label, seg_path, fits),
+            options["grid"], self.orientation, writer, warnings,
         )  # fmt: skip
         names = {name: os.path.basename(path) for name, path in (("CT", ct_path), ("PET", pet_path), ("SEG", seg_path))}
         return {"sources": {"folder": self.place, **names}, "suv": AS_RELEASED, **written}

@@ -19,7 +19,7 @@ from typing import Any, TextIO
 from dataset_conversion import raw_dataset
 from dataset_conversion.cases import Discovery, Recipe, Refusal
 from dataset_conversion.engine import SPLITS, plan_splits, run, split_test_cases, unique_cases
-from dataset_conversion.errors import ConversionError, UsageError
+from dataset_conversion.errors import ConversionError, UsageError, where
 from dataset_conversion.processes import Workers
 from dataset_conversion.raw_dataset import PET_NORMALIZATIONS
 from dataset_conversion.workspace import DATASET_JSON, REPORT
@@ -124,6 +124,11 @@ def execute(recipe: Recipe, arguments: argparse.Namespace) -> int:
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
         print_error(f"{recipe.command}: error: {where}{error.strerror or error}; correct this and run again")
+    except MemoryError:
+        print_error(f"{recipe.command}: error: not enough memory; free some and run again, finished cases are kept")
+    except Exception as error:  # whatever it is, a user gets one line
+        remedy = "please report this; run again to go on, finished cases are kept"
+        print_error(f"{recipe.command}: error: unexpected {where(error)}; {remedy}")
     except KeyboardInterrupt:
         print_error(f"{recipe.command}: interrupted; run the same command again to go on, finished cases are kept")
         return INTERRUPTED
@@ -213,7 +218,9 @@ def _dry_run(recipe: Recipe, discovery: Discovery, dataset: Path, test: Sequence
     for case in discovery.cases:
         try:
             line = recipe.describe(case, recipe.options)
-        except ConversionError as error:
+        except Exception as error:  # one odd file must not hide the other cases
+            if not isinstance(error, ConversionError):
+                error = ConversionError(f"unexpected {where(error)}", "please report this with the file's headers")
             refusals.append(Refusal.of(case, error))
             continue
         say(f"  {case.case_id} ({'test' if case.case_id in test_ids else 'training'}): {line}")

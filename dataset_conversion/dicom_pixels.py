@@ -54,14 +54,20 @@ def read_onto(stack: SliceStack, reference: sitk.Image | Grid, fill: float) -> s
         float32 SimpleITK image, the same as that of resampling ``read_volume(stack)``.
 
     Raises:
-        ConversionError: pixels of a slice that is needed cannot be read.
+        ConversionError: pixels of a slice cannot be read, needed or not.
     """
 
+    seen: set[int] = set()
+
     def read(index: int) -> np.ndarray:
+        seen.add(index)
         return np.float32(_read_slice(stack, index))
 
     with quiet_dicom():
         image = resample_slices(grid_of_stack(stack), read, reference, fill)
+        # A damaged slice is a damaged series, whether the grid needs it or not.
+        for index in sorted(set(range(stack.size[2])) - seen):
+            _read_slice(stack, index)
     _note_unscaled(stack)
     return image
 
@@ -130,8 +136,8 @@ def _stored_values(path: str) -> np.ndarray:
         if dataset.file_meta.TransferSyntaxUID.is_encapsulated:
             return _decompressed_values(path, dataset)
         return dataset.pixel_array
-    except (*READ_ERRORS, pydicom.errors.InvalidDicomError) as error:
-        if isinstance(error, ConversionError):
+    except READ_ERRORS as error:
+        if isinstance(error, (ConversionError, MemoryError)):
             raise
         raise ConversionError(f"its pixels cannot be read ({error})", "restore the file", path) from error
 

@@ -63,9 +63,14 @@ def read_seg_header(path: str) -> SegHeader:
         ConversionError: the file cannot be read or is no SEG.
     """
     dataset = _open(path, stop_before_pixels=True)
-    series = {str(item.get("SeriesInstanceUID", "")) for item in dataset.get("ReferencedSeriesSequence") or ()}
-    segments = tuple(str(item.get("SegmentLabel", "")) for item in dataset.get("SegmentSequence") or ())
-    return SegHeader(path, frozenset(series - {""}), str(dataset.get("FrameOfReferenceUID") or "").strip(), segments)
+    try:
+        with quiet_dicom():
+            series = {str(item.get("SeriesInstanceUID", "")) for item in dataset.get("ReferencedSeriesSequence") or ()}
+            segments = tuple(str(item.get("SegmentLabel", "")) for item in dataset.get("SegmentSequence") or ())
+            frame = str(dataset.get("FrameOfReferenceUID") or "").strip()
+    except READ_ERRORS as error:
+        raise ConversionError(f"is no readable DICOM file ({error})", "restore the file", path) from error
+    return SegHeader(path, frozenset(series - {""}), frame, segments)
 
 
 def without_copies(paths: Sequence[str]) -> list[str]:
@@ -97,6 +102,8 @@ def decode(path: str, stack: SliceStack) -> DecodedSeg:
     dataset = _open(path)
     frames = _frames(dataset, path)
     notes = []
+    if not len(frames):
+        notes.append("the SEG has no frames: no lesion is segmented")
     segments = dataset.get("SegmentSequence") or ()
     if len(segments) > 1:
         labels = ", ".join(str(item.get("SegmentLabel", "")) for item in segments)
@@ -123,7 +130,7 @@ def _open(path: str, **options: Any) -> Dataset:
         with quiet_dicom():
             dataset = pydicom.dcmread(path, **options)
             modality = str(dataset.get("Modality") or "")
-    except (*READ_ERRORS, pydicom.errors.InvalidDicomError) as error:
+    except READ_ERRORS as error:
         raise ConversionError(f"is no readable DICOM file ({error})", "restore the file", path) from error
     if modality != "SEG":
         raise ConversionError(f"is no SEG: its Modality is {modality!r}", "restore the file", path)
@@ -132,6 +139,8 @@ def _open(path: str, **options: Any) -> Dataset:
 
 def _frames(dataset: Dataset, path: str) -> np.ndarray:
     """Return what is segmented, bool, shape (frames, rows, columns)."""
+    if not _count_frames(dataset):
+        return np.zeros((0, 1, 1), dtype=bool)
     if "PixelData" not in dataset:
         raise ConversionError("has no pixels", "restore the file", path)
     try:
@@ -141,8 +150,20 @@ def _frames(dataset: Dataset, path: str) -> np.ndarray:
             limit = 0.5 * float(dataset.get("MaximumFractionalValue") or 255) if kind == "FRACTIONAL" else 0.5
             shape = (int(dataset.get("NumberOfFrames") or 1), int(dataset.Rows), int(dataset.Columns))
             return values.reshape(shape) >= limit
+    except MemoryError:
+        raise
     except READ_ERRORS as error:
         raise ConversionError(f"its pixels cannot be read ({error})", "restore the file", path) from error
+
+
+def _count_frames(dataset: Dataset) -> int:
+    """Return the number of frames; a SEG of which all empty frames were left out may have none."""
+    try:
+        if dataset.get("NumberOfFrames") is None and "PixelData" in dataset:
+            return 1
+        return int(dataset.get("NumberOfFrames") or 0) or len(dataset.get("PerFrameFunctionalGroupsSequence") or ())
+    except READ_ERRORS:
+        return 1
 
 
 @dataclass(frozen=True)

@@ -37,10 +37,8 @@ _SMALLEST_DICOM = 140
 _DICOM_ENDINGS = (".dcm", ".ima")
 # The directory of a medium belongs to no series.
 _NOT_OF_A_SERIES = ("1.2.840.10008.1.3.10",)
-READ_ERRORS = (
-    AttributeError, EOFError, IndexError, KeyError, NotImplementedError, OSError, OverflowError, RuntimeError,
-    TypeError, ValueError,
-)  # fmt: skip
+# A damaged file makes pydicom raise nearly anything (struct.error, NotImplementedError, BytesLengthException …).
+READ_ERRORS = (Exception,)
 
 
 @dataclass(frozen=True)
@@ -220,17 +218,18 @@ def scan_files(
                     continue
                 header = pydicom.dcmread(path, stop_before_pixels=True, force=True, specific_tags=list(_SCAN_TAGS))
                 record = _file_record(path, header)
+                of_a_series = header.file_meta.get("MediaStorageSOPClassUID") not in _NOT_OF_A_SERIES
             except OSError as error:
                 if path.lower().endswith(_DICOM_ENDINGS) or not os.path.islink(path):
                     broken.append(ConversionError(*_why_not_open(path, error), path))
                 continue
-            except (*READ_ERRORS, pydicom.errors.InvalidDicomError) as error:
+            except READ_ERRORS as error:
                 if start == "marked":
                     broken.append(ConversionError(f"is no readable DICOM file ({error})", "restore the file", path))
                 continue
             if record is not None:
                 found.append(record)
-            elif start == "marked" and header.file_meta.get("MediaStorageSOPClassUID") not in _NOT_OF_A_SERIES:
+            elif start == "marked" and of_a_series:
                 what = "is cut off: it has no Modality or no SeriesInstanceUID"
                 broken.append(ConversionError(what, "restore the file", path))
     return found, broken
@@ -305,7 +304,7 @@ def read_stack(series: ImageSeries) -> SliceStack:
         for file in files:
             try:
                 headers.append(pydicom.dcmread(file.path, stop_before_pixels=True, force=True))
-            except (*READ_ERRORS, pydicom.errors.InvalidDicomError) as error:
+            except READ_ERRORS as error:
                 raise ConversionError(f"cannot be read ({error})", "restore the file", file.path) from error
         for file in files:
             if file.frames > 1:

@@ -32,5 +32,14 @@ class ConversionError(ValueError):
         return self
 
 
+def where(error: BaseException) -> str:
+    """Return type, message and the innermost line of an exception nobody expected, on one line."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    place = "" if trace is None else f" at {os.path.basename(trace.tb_frame.f_code.co_filename)}:{trace.tb_lineno}"
+    return f"{type(error).__name__}{place}: {' '.join(str(error).split())[:300]}"
+
+
 class UsageError(ConversionError):
     """A setting (flag, environment variable, dataset ID) that stops the whole run before anything is written."""

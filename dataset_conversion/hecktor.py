@@ -22,8 +22,8 @@ from dataset_conversion.hecktor_layouts import Found, find_layout, patient_key, 
 from dataset_conversion.raw_dataset import DatasetSpec
 
 if TYPE_CHECKING:
-    from dataset_conversion.nifti_volume import NiftiVolume
     from dataset_conversion.resampling import Grid
+    from dataset_conversion.volume_file import VolumeFile
 
 SPEC = DatasetSpec(
     default_name="HECKTOR",
@@ -116,11 +116,11 @@ def convert(case: Case, options: Mapping[str, Any], writer: CaseWriter) -> dict[
 
     from dataset_conversion import resampling
     from dataset_conversion.hecktor_checks import LabelCheck, Range, value_warnings
-    from dataset_conversion.nifti_volume import NiftiVolume
+    from dataset_conversion.volume_file import VolumeFile
 
     files = case.payload["files"]
     # Geometry first; voxels pass by slice for slice, for a CT may be twenty times as large as what is wanted of it.
-    volumes = {name: NiftiVolume(path) for name, path in files.items()}
+    volumes = {name: VolumeFile(path) for name, path in files.items()}
     ct, pet = volumes["CT"].grid, volumes["PT"].grid
     resampling.check_same_place(ct, pet, files["PT"])
     region, how = _reference(volumes, case.payload["box"], options)
@@ -153,7 +153,7 @@ def convert(case: Case, options: Mapping[str, Any], writer: CaseWriter) -> dict[
     warnings += value_warnings(ranges["CT"], ranges["PT"], case.patient)
     if "label" in volumes:
         label, labels = volumes["label"], case.payload["labels"]
-        check = LabelCheck(label, labels, ct, reference)
+        check = LabelCheck(label, labels, ct, pet, reference)
         if label.fits(True) and resampling.same_grid(label.grid, reference):
             label.read_through(check)
             warnings += check.warnings()
@@ -174,7 +174,7 @@ def convert(case: Case, options: Mapping[str, Any], writer: CaseWriter) -> dict[
 
 
 def _reference(
-    volumes: Mapping[str, NiftiVolume], box: Sequence[float] | None, options: Mapping[str, Any]
+    volumes: Mapping[str, VolumeFile], box: Sequence[float] | None, options: Mapping[str, Any]
 ) -> tuple[Grid, str]:
     """Return the grid that is wanted, and in words how its region was found."""
     import numpy as np

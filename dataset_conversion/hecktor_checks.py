@@ -13,8 +13,8 @@ from dataset_conversion.errors import ConversionError
 from dataset_conversion.hecktor_layouts import patient_key
 
 if TYPE_CHECKING:
-    from dataset_conversion.nifti_volume import NiftiVolume
     from dataset_conversion.resampling import Grid
+    from dataset_conversion.volume_file import VolumeFile
 
 #: The organisers computed SUV with an assumed weight of 75 kg (list_approx_weight.txt of voreille/hecktor).
 APPROXIMATE_WEIGHT = tuple(f"{centre}{number:03d}" for centre in ("HMR", "CHMR") for number in (5, 16, 24, 29, 30, 34))
@@ -55,18 +55,19 @@ class LabelCheck:
     Args:
         label: where the slices come from.
         labels: allowed values by name.
-        ct: the CT's grid.
+        ct, pet: their grids.
         reference: the grid that is written.
 
     Attributes:
         counts: voxels of each value.
     """
 
-    def __init__(self, label: NiftiVolume, labels: Mapping[str, int], ct: Grid, reference: Grid) -> None:
-        self._label, self._allowed, self._ct, self._reference = label, set(labels.values()), ct, reference
+    def __init__(self, label: VolumeFile, labels: Mapping[str, int], ct: Grid, pet: Grid, reference: Grid) -> None:
+        self._label, self._allowed = label, set(labels.values())
+        self._ct, self._grids = ct, {"ct": ct, "pet": pet, "reference": reference}
         self.counts: Counter[int] = Counter()
         self._others: set[float] = set()
-        self._in_ct = self._in_reference = 0.0
+        self._inside = dict.fromkeys(self._grids, 0.0)
 
     def __call__(self, index: int, values: np.ndarray) -> None:
         """Take in a slice."""
@@ -80,15 +81,14 @@ class LabelCheck:
         self.counts[0] += values.size - len(found)
         if len(found):
             voxels = np.stack([columns, rows, np.full(len(rows), index)], axis=1)
-            for name, grid in (("_in_ct", self._ct), ("_in_reference", self._reference)):
-                inside = resampling.fraction_inside(voxels, self._label.grid, grid) * len(voxels)
-                setattr(self, name, getattr(self, name) + inside)
+            for name, grid in self._grids.items():
+                self._inside[name] += resampling.fraction_inside(voxels, self._label.grid, grid) * len(voxels)
 
     def warnings(self) -> list[str]:
         """Return warnings on a label of another size than its CT, and on tumour outside the region.
 
         Raises:
-            ConversionError: a value is not allowed, tumour lies outside the CT, or all of it outside the region.
+            ConversionError: a value is not allowed, tumour lies outside the CT, or all of it outside PET or region.
         """
         path, warnings = self._label.path, []
         if self._others:
@@ -101,11 +101,16 @@ class LabelCheck:
         tumour = sum(count for value, count in self.counts.items() if value)
         if not tumour:
             return [*warnings, "has no tumour"]
-        outside = 1.0 - self._in_ct / tumour
+        outside = 1.0 - self._inside["ct"] / tumour
         if outside > _LOST_AT_MOST:
             what = f"{outside:.1%} of its tumour lies outside the CT"
             raise ConversionError(what, "check the label's geometry", path)
-        lost = 1.0 - self._in_reference / tumour
+        unseen = 1.0 - self._inside["pet"] / tumour
+        if unseen > 1.0 - 1e-9:
+            raise ConversionError("the PET does not cover the tumour", "check the geometry of PET and label", path)
+        if unseen > 1e-9:
+            warnings.append(f"{unseen:.2%} of the tumour lies outside the PET; SUV is 0 there")
+        lost = 1.0 - self._inside["reference"] / tumour
         if lost > 1.0 - 1e-9:
             raise ConversionError("all of its tumour lies outside the region", "use another --crop", path)
         if lost > 1e-9:

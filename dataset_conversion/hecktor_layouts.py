@@ -22,6 +22,7 @@ _OLD_IMAGE = re.compile(r"^(?P<patient>[^_].*?)_(?P<kind>ct|pt)$")
 _OLD_LABEL = re.compile(r"^(?P<patient>[^_].*?)_(?:ct_)?gtvt$")
 _IMAGE = re.compile(r"^(?P<patient>.+)__(?P<kind>CT|PT)$")
 _ID = re.compile(r"^(?P<centre>[A-Za-z]+)[-_ ]?(?P<number>\d+)$")
+_TRAINING_FOLDER = re.compile(r"^imagestr$|(?<![a-z])train(ing|set)?(?![a-z])", re.IGNORECASE)
 _TEST_FOLDER = re.compile(r"^imagests$|(?<![a-z])test(ing|set|s)?(?![a-z])", re.IGNORECASE)
 _BOX_COLUMNS = ("x1", "x2", "y1", "y2", "z1", "z2")
 
@@ -118,17 +119,34 @@ def find_layout(paths: Sequence[str], source: Path) -> Layout:
             source,
         )
     for (folder, patient), found in old.items():
-        for label in old_labels.get((folder, patient), ()):
+        for label in old_labels.pop((folder, patient), ()):
             found.add("label", label)
     for (folder, patient), found in new.items():
         beside = os.path.join(os.path.dirname(folder), os.path.basename(folder).replace("images", "labels", 1))
-        for label in volumes.get((folder, patient)) or volumes.get((beside, patient)) or ():
+        place = (folder, patient) if (folder, patient) in volumes else (beside, patient)
+        for label in volumes.pop(place, ()):
             found.add("label", label)
     patients = [found for _, found in sorted({**new, **old}.items())]
+    patients += _labels_alone({**volumes, **old_labels} if not new else volumes, patients)
+    folders = {found.folder: os.path.relpath(found.folder, source).split(os.sep) for found in patients}
+    told = any(_TRAINING_FOLDER.search(part) for parts in folders.values() for part in parts)
     for found in patients:
-        parts = os.path.relpath(found.folder, source).split(os.sep)
-        found.is_test = any(_TEST_FOLDER.search(part) for part in parts)
+        # The source's own name counts where no folder in it says more.
+        own = [] if told else [source.absolute().name]
+        found.is_test = any(_TEST_FOLDER.search(part) for part in (*own, *folders[found.folder]))
     return Layout(_once(patients), bool(old), tables)
+
+
+def _labels_alone(volumes: Mapping[tuple[str, str], Sequence[str]], patients: Sequence[Found]) -> list[Found]:
+    """Return the patients of whom there is a label and no image; ``volumes`` that belong to nobody yet, by name."""
+    known = {found.case_id for found in patients}
+    alone = []
+    for (folder, name), paths in sorted(volumes.items()):
+        label = Found(name, folder, {"label": paths[0]})
+        if _ID.match(name) and label.case_id not in known:
+            known.add(label.case_id)
+            alone.append(label)
+    return alone
 
 
 def _once(patients: Sequence[Found]) -> list[Found]:

@@ -17,6 +17,7 @@ from typing import IO, TYPE_CHECKING
 import numpy as np
 
 from dataset_conversion.errors import ConversionError
+from dataset_conversion.nifti_forms import check_finite, check_forms
 from dataset_conversion.nifti_stream import NiftiStream, gzip_module
 from dataset_conversion.resampling import Grid, orientation_code, set_geometry
 
@@ -27,6 +28,7 @@ NIFTI_ENDINGS = (".nii.gz", ".nii")
 VOLUME_ENDINGS = (*NIFTI_ENDINGS, ".mha", ".mhd", ".nrrd")
 _IMAGE_TYPES = ("32-bit float", "64-bit float", "16-bit signed integer", "32-bit signed integer")
 _LEVEL = 1
+_SPACING_MM = (0.05, 50.0)
 _READ_ERRORS = (EOFError, OSError, ValueError, RuntimeError)
 
 
@@ -44,6 +46,8 @@ def read_header(path: str) -> sitk.ImageFileReader:
     import SimpleITK as sitk
 
     _check_readable(path)
+    if ending_of(path, NIFTI_ENDINGS):
+        check_finite(path)
     # What ITK would warn of on the terminal either becomes an error here or does not matter.
     sitk.ProcessObject.GlobalWarningDisplayOff()
     reader = sitk.ImageFileReader()
@@ -66,6 +70,13 @@ def volume_header(path: str) -> sitk.ImageFileReader:
     flat = len(size) == 4 and size[3] == 1
     if (len(size) != 3 and not flat) or reader.GetNumberOfComponents() != 1:
         raise ConversionError(f"is no volume: its size is {size}", "a 3-D image is needed", path)
+    grid = geometry(reader)
+    low, high = _SPACING_MM
+    if not all(low <= value <= high for value in grid.spacing):
+        shown = " x ".join(f"{value:g}" for value in grid.spacing)
+        raise ConversionError(f"its spacing is {shown} mm", f"{low} to {high} mm is believed: correct the header", path)
+    if ending_of(path, NIFTI_ENDINGS):
+        check_forms(path, grid)
     return reader
 
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from typing import IO, Any
 
 import numpy as np
 
 _CHUNK = 1 << 22
+# A byte of deflate's output stands for 1032 bytes at the most.
+_DEFLATE_AT_MOST = 1040
 
 
 def gzip_module() -> Any:
@@ -34,7 +37,8 @@ class NiftiStream:
     """
 
     def __init__(self, path: str) -> None:
-        opener = gzip_module().open if path.lower().endswith(".gz") else open
+        self._path, self._packed = path, path.lower().endswith(".gz")
+        opener = gzip_module().open if self._packed else open
         self._stream: IO[bytes] = opener(path, "rb")
         try:
             self._read_header()
@@ -55,6 +59,10 @@ class NiftiStream:
         if offset < kind.sizeof_hdr + 4:
             # Programs differ in where they then begin to read.
             raise ValueError(f"vox_offset is {offset}, the header takes {kind.sizeof_hdr + 4} bytes")
+        size, claimed = os.path.getsize(self._path), offset + self.count * self._kind.itemsize
+        if min(header.get_data_shape(), default=0) < 1 or claimed > size * (_DEFLATE_AT_MOST if self._packed else 1):
+            # Before an array of that size is asked for.
+            raise EOFError(f"its header claims {claimed} bytes, the file has {size}")
         self._stream.read(offset - kind.sizeof_hdr)
         slope, intercept = header.get_slope_inter()
         self._scaling = None

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 import nnunet_h2a
 from dataset_conversion.cases import Case, CaseWriter, Recipe, Refusal
-from dataset_conversion.errors import ConversionError, UsageError
+from dataset_conversion.errors import ConversionError, UsageError, where
 from dataset_conversion.raw_dataset import to_bytes
 from dataset_conversion.workspace import CASE_FILE
 
@@ -56,18 +56,9 @@ def _convert_one(recipe: Recipe, case: Case, mark: str, workspace: Path) -> Refu
         return Refusal.of(case, ConversionError(f"{error.strerror or error}", remedy, at), fatal)
     except Exception as error:  # a single odd file must not stop the other patients, nor show a traceback
         remedy = "please report this with the file's headers"
-        return Refusal.of(case, ConversionError(f"unexpected {_where(error)}", remedy))
+        return Refusal.of(case, ConversionError(f"unexpected {where(error)}", remedy))
     finally:
         shutil.rmtree(work, ignore_errors=True)
-
-
-def _where(error: BaseException) -> str:
-    """Return type, message and the innermost line of an exception, on one line."""
-    trace = error.__traceback__
-    while trace is not None and trace.tb_next is not None:
-        trace = trace.tb_next
-    place = "" if trace is None else f" at {Path(trace.tb_frame.f_code.co_filename).name}:{trace.tb_lineno}"
-    return f"{type(error).__name__}{place}: {' '.join(str(error).split())[:300]}"
 
 
 def _start_worker() -> None:

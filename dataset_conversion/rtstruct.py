@@ -94,7 +94,7 @@ def read_structure_set(path: str) -> StructureSet:
         try:
             dataset = pydicom.dcmread(path, stop_before_pixels=True, force=True)
             return _parse(dataset, path)
-        except (*READ_ERRORS, pydicom.errors.InvalidDicomError) as error:
+        except READ_ERRORS as error:
             if isinstance(error, ConversionError):
                 raise error.located(path) from error
             raise ConversionError(f"cannot be read as an RTSTRUCT ({error})", "restore the file", path) from error

@@ -24,7 +24,7 @@ from dataset_conversion.splits import Fold
 
 FORMAT_VERSION = 3
 # To be raised with every change of what is selected from the same files or of what is written for them.
-RULES_VERSION = 3
+RULES_VERSION = 4
 REPORT = "conversion_report.json"
 CASE_FILE = "case.json"
 DATASET_JSON = "dataset.json"

@@ -4,7 +4,7 @@ Usage: ``python killed_runs.py FOLDER MODULE ARGUMENTS...``. A conversion into a
 first change (a file opened for writing, made, moved or removed), another at its second, and so on, each in a process
 of its own, forked so that libraries are imported once. Below FOLDER they leave, for change N, ``N/nnUNet_raw`` as the
 second run left it and ``N/seen`` with a copy of the dataset folder that was there between the two runs, if any.
-``count`` says how many changes there are.
+``count`` says how many changes there are. Where FOLDER holds a ``before``, every ``nnUNet_raw`` begins as a copy of it.
 """
 
 from __future__ import annotations
@@ -63,9 +63,17 @@ def run() -> None:
     # Imported, not used: a library's threads would not live on in a forked process.
     for name in ("SimpleITK", "nibabel", "dataset_conversion.engine", "dataset_conversion.processes"):
         importlib.import_module(name)
-    changes = in_another_process(main, arguments, Path(folder) / "whole" / "nnUNet_raw")
+    before = Path(folder) / "before"
+
+    def begin(name: str) -> Path:
+        raw = Path(folder) / name / "nnUNet_raw"
+        if before.exists():
+            shutil.copytree(before, raw)
+        return raw
+
+    changes = in_another_process(main, arguments, begin("whole"))
     for change in range(1, changes + 1):
-        raw = Path(folder) / str(change) / "nnUNet_raw"
+        raw = begin(str(change))
         ended = in_another_process(main, arguments, raw, change)
         if ended != -signal.SIGKILL:
             raise SystemExit(f"change {change} of {changes} did not come")

@@ -100,6 +100,24 @@ def test_all_frames_empty(pet):
     assert not decode(path, pet.stack).mask.any()
 
 
+@pytest.mark.parametrize("how", ["NumberOfFrames 0", "nothing"])
+def test_no_frames(pet, how):
+    """A SEG of which all empty frames were left out."""
+
+    def without_frames(dataset):
+        del dataset.PixelData, dataset.PerFrameFunctionalGroupsSequence
+        dataset.NumberOfFrames = 0
+        if how == "nothing":
+            del dataset.NumberOfFrames
+
+    path = pet.seg(lesions(), change=without_frames)
+    assert not has_segmented_pixels(path)
+    decoded = decode(path, pet.stack)
+    assert decoded.mask.shape == SHAPE
+    assert not decoded.mask.any()
+    assert decoded.notes == ["the SEG has no frames: no lesion is segmented"]
+
+
 def test_a_single_frame(pet):
     mask = np.zeros(SHAPE, np.uint8)
     mask[8, 12:14, 2:4] = 1

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -10,8 +13,10 @@ import pytest
 import SimpleITK as sitk
 
 from dataset_conversion.hecktor import main
+from tests.conversion.test_engine import environment
 
 DATASET = "Dataset610_HECKTOR"
+NAMES = ("imagesTr/CHUM_001_0000", "imagesTr/CHUM_001_0001", "labelsTr/CHUM_001")
 CT_GRID = ((40, 36, 20), (2.0, 2.0, 3.0), (-40.0, -36.0, -30.0))
 PET_GRID = ((16, 16, 18), (5.0, 5.0, 4.0), (-38.0, -37.0, -31.0))
 
@@ -254,6 +259,10 @@ BAD_IMAGES = {
     ),
     "label elsewhere": ({"mask": grid_image(*CT_GRID[:2], FAR, lambda x, y, z: np.uint8(x > 900))}, "outside the CT"),
     "PET elsewhere": ({"pet": grid_image(*PET_GRID[:2], FAR, suv)}, "CT and PET lie at different places"),
+    "tumour outside the PET": (
+        {"pet": grid_image((16, 16, 4), (5.0, 5.0, 4.0), (-38.0, -37.0, 14.0), suv)},
+        "the PET does not cover the tumour",
+    ),
     "NaN": ({"pet": grid_image(*PET_GRID, lambda x, y, z: np.float32(np.where(x > 0, np.nan, y)))}, "no numbers (NaN"),
 }
 
@@ -266,6 +275,78 @@ def test_refused(raw, source, capsys, images, what):
     (line,) = [text for text in capsys.readouterr().err.splitlines() if text.startswith("refused")]
     assert line.startswith("refused CHUM_002: ")
     assert what in line
+
+
+@pytest.mark.parametrize("ending", [".mha", ".nrrd", ".nii"])
+def test_other_formats(raw, source, ending):
+    write_patient(source, "2022", "CHUM-001")
+    assert convert(source) == 0
+    plain = {name: values(raw, name) for name in NAMES}
+    shutil.rmtree(raw)
+    for path in source.rglob("*.nii.gz"):
+        sitk.WriteImage(
+            sitk.ReadImage(str(path)), str(path).replace(".nii.gz", ending), useCompression=ending != ".nii"
+        )
+        path.unlink()
+    assert convert(source) == 0
+    for name, found in plain.items():
+        np.testing.assert_array_equal(values(raw, name), found)
+
+
+@pytest.mark.parametrize("layout", ["2021", "2022", "2026"])
+def test_a_label_without_images_is_refused(raw, source, capsys, layout):
+    write_patient(source, layout, "CHUM001")
+    write_patient(source, layout, "CHUM002")
+    for path in [*source.rglob("CHUM002_*t.nii.gz"), *source.rglob("CHUM002__*.nii.gz")]:
+        if "gtvt" not in path.name:
+            path.unlink()
+    assert convert(source) == 1
+    (line,) = [text for text in capsys.readouterr().err.splitlines() if text.startswith("refused")]
+    assert line.startswith("refused CHUM_002: ")
+    assert "lacks its CT and its PET" in line
+
+
+def test_a_source_that_is_the_test_set(raw, source, capsys):
+    """Its own name says so, where no folder in it says that it is for training."""
+    write_patient(source, "2026", "CHUM-001")
+    write_patient(source, "test", "CHUM-002", label=False)
+    assert convert(source / "hecktor2026_testing") == 2
+    assert "no training case" in capsys.readouterr().err
+    everything = source.parent / "hecktor_test"
+    source.rename(everything)
+    assert convert(everything) == 0
+    assert (raw / DATASET / "imagesTr" / "CHUM_001_0000.nii.gz").exists()
+    assert (raw / DATASET / "imagesTs" / "CHUM_002_0000.nii.gz").exists()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads the peak from Linux's /proc")
+@pytest.mark.parametrize("flags", [("--grid", "pet"), ("--crop", "overlap", "--spacing", "3", "3", "3")])
+def test_peak_memory(raw, source, flags):
+    """At most four times CT and PET as float32 and the label on the output grid, above what Python itself takes."""
+    size, place = (512, 512, 100), (-256.0, -256.0, 0.0)
+    write_patient(
+        source, "2022", "CHUM-001", ct=grid_image(size, (1.0, 1.0, 3.0), place, lambda x, y, z: np.int16(x - y - 300)),
+        pet=grid_image((170, 170, 100), (3.0, 3.0, 3.0), place, lambda x, y, z: np.float32(np.hypot(x, y) < 100)),
+        mask=grid_image(size, (1.0, 1.0, 3.0), place, lambda x, y, z: np.uint8(np.abs(x) + np.abs(y) + z < 60)),
+    )  # fmt: skip
+    code = (
+        "import sys\n"
+        "import cc3d, isal.igzip, nibabel, numpy, SimpleITK, dataset_conversion.engine, dataset_conversion.slabs\n"
+        "from dataset_conversion.hecktor import main\n"
+        "peak = lambda: int(open('/proc/self/status').read().split('VmHWM:')[1].split()[0]) * 1024\n"
+        "before = peak()\n"
+        "assert main(sys.argv[1:]) == 0\n"
+        "print('PEAK', peak() - before)\n"
+    )
+    arguments = ["-i", str(source), "-d", "610", "-np", "1", *flags]
+    run = subprocess.run(
+        [sys.executable, "-c", code, *arguments], env=environment(), text=True, capture_output=True, check=False
+    )
+    assert run.returncode == 0, run.stderr
+    written = read(raw, "imagesTr/CHUM_001_0001")
+    case = int(np.prod(written.GetSize())) * (4 + 4 + 1)
+    peak = int(run.stdout.split("PEAK")[1])
+    assert 0.5 * case < peak <= 4 * case, f"{peak / case:.2f} times"
 
 
 class Body:

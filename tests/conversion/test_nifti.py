@@ -158,11 +158,98 @@ def test_wrong_direction(tmp_path):
     assert "\n" not in str(error.value)
 
 
+def forms(path, sform=None, qform=None, size=(30, 40, 50), pixdim=True):
+    """A file with two geometries, each with its code."""
+    content = nibabel.Nifti1Image(np.ones(size, np.float32), None)
+    content.set_sform(sform if sform is None else np.array(sform, float), 0 if sform is None else 1)
+    content.set_qform(qform if qform is None else np.array(qform, float), 0 if qform is None else 1)
+    if qform is None and pixdim:
+        content.header["pixdim"][1:4] = np.linalg.norm(np.array(sform)[:3, :3], axis=0)
+    nibabel.save(content, path)
+    return str(path)
+
+
+def test_a_sheared_sform_beside_a_qform(tmp_path):
+    """Gantry tilt that ITK does not see, because it takes the qform, which cannot be sheared."""
+    straight = np.diag([2.0, 2, 2, 1])
+    tilted = straight.copy()
+    tilted[1, 2] = 0.3
+    with pytest.raises(ConversionError, match=r"sform is sheared \(gantry tilt\?\), by 14\.7 mm at a corner"):
+        read_image(forms(tmp_path / "x.nii.gz", tilted, straight))
+    rounding = straight.copy()
+    rounding[1, 2] = 1e-4
+    assert read_image(forms(tmp_path / "y.nii.gz", rounding, straight)).GetSize() == (30, 40, 50)
+
+
+@pytest.mark.parametrize("change", ["moved", "mirrored", "another spacing"])
+def test_forms_that_contradict(tmp_path, change):
+    first, second = np.diag([2.0, 2, 2, 1]), np.diag([2.0, 2, 2, 1])
+    if change == "moved":
+        second[0, 3] = 20
+    if change == "mirrored":
+        second[0, 0], second[0, 3] = -2, 30
+    if change == "another spacing":
+        second[2, 2] = 3
+    for number, (sform, qform) in enumerate([(first, second), (second, first)]):
+        with pytest.raises(ConversionError, match="its sform, qform and pixdim do not agree: "):
+            read_image(forms(tmp_path / f"{number}.nii.gz", sform, qform))
+        assert read_image(forms(tmp_path / f"{number}s.nii.gz", sform)).GetSize() == (30, 40, 50)
+        assert read_image(forms(tmp_path / f"{number}q.nii.gz", None, qform)).GetSize() == (30, 40, 50)
+
+
+def test_an_sform_whose_spacing_is_not_pixdims(tmp_path):
+    """ITK would take the voxels for cubes of 1 mm."""
+    with pytest.raises(ConversionError, match=r"its sform, qform and pixdim do not agree: 49\.0 mm apart"):
+        read_image(forms(tmp_path / "x.nii.gz", np.diag([2.0, 2, 2, 1]), pixdim=False))
+
+
+def test_micrometres(tmp_path):
+    content = nibabel.Nifti1Image(np.ones((3, 4, 5), np.float32), np.diag([2000.0, 2000, 3000, 1]))
+    content.header.set_xyzt_units("micron")
+    nibabel.save(content, tmp_path / "x.nii.gz")
+    assert read_image(str(tmp_path / "x.nii.gz")).GetSpacing() == pytest.approx((2, 2, 3))
+
+
+@pytest.mark.parametrize("spacing", [2000.0, 0.002])
+def test_spacing_that_is_no_millimetres(tmp_path, spacing):
+    path = forms(tmp_path / "x.nii.gz", np.diag([spacing, spacing, spacing, 1]))
+    with pytest.raises(ConversionError, match=r"its spacing is .* mm; 0\.05 to 50\.0 mm is believed"):
+        read_image(path)
+
+
+@pytest.mark.parametrize("field", [80, 280, 268])
+def test_geometry_that_is_no_numbers(tmp_path, field, capfd):
+    """NaN in pixdim, srow_x or qoffset_x; nothing is printed by ITK."""
+    path = tmp_path / "x.nii"
+    forms(path, np.diag([2.0, 2, 2, 1]), np.diag([2.0, 2, 2, 1]))
+    content = bytearray(path.read_bytes())
+    content[field : field + 4] = np.float32(np.nan).tobytes()
+    path.write_bytes(content)
+    with pytest.raises(ConversionError, match="geometry that is no numbers"):
+        read_image(str(path))
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("ending", [".nii", ".nii.gz"])
+def test_a_header_that_claims_more_than_there_can_be(tmp_path, ending):
+    """No array of that size is asked for."""
+    path = tmp_path / "x.nii"
+    forms(path, np.diag([2.0, 2, 2, 1]))
+    content = bytearray(path.read_bytes())
+    content[40:48] = np.array([3, 30000, 30000, 30000], np.int16).tobytes()
+    target = tmp_path / f"y{ending}"
+    target.write_bytes(gzip.compress(bytes(content)) if ending == ".nii.gz" else bytes(content))
+    with pytest.raises(ConversionError, match=r"is cut off or damaged \(its header claims 108000000000352 bytes"):
+        read_image(str(target))
+
+
 def test_without_isal(tmp_path, monkeypatch):
     """Where ISA-L has no wheel, zlib does the same work: other bytes, the same volume."""
     import dataset_conversion.nifti as module
+    from dataset_conversion import nifti_forms, nifti_stream
 
-    monkeypatch.setattr(module, "gzip_module", lambda: gzip)
+    for place in (module, nifti_stream, nifti_forms):
+        monkeypatch.setattr(place, "gzip_module", lambda: gzip)
     path = str(tmp_path / "x.nii.gz")
     write_image(image(), path)
     assert_same(read_image(path), image())

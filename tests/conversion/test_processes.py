@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import builtins
+import errno
 import json
 import os
 import shutil
@@ -110,6 +112,34 @@ def test_killed_at_every_change_of_the_folder(tmp_path, source):
             seen += 1
             assert tree(between) == expected, f"half-written at change {change}"
     assert seen < changes
+
+
+@pytest.mark.skipif(os.name == "nt", reason="SIGKILL is a POSIX signal")
+def test_killed_at_every_change_over_an_earlier_dataset(raw, tmp_path, source):
+    """Between two renames the folder may be away; what is there is the earlier dataset or the new one, whole."""
+    write_study(source, HEXES[0], CTres=None)
+    assert convert(source, "-np", "1") == 0
+    folder = tmp_path / "runs"
+    shutil.copytree(raw, folder / "before")
+    old = tree(raw / DATASET)
+    write_study(source, HEXES[1], CTres=None)
+    script = Path(__file__).with_name("killed_runs.py")
+    killed = subprocess.run(
+        [sys.executable, str(script), str(folder), "dataset_conversion.autopet", "-i", str(source), "-d", "630",
+         "-np", "1"],
+        env=environment(), capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert killed.returncode == 0, killed.stderr[-2000:]
+    new = tree(folder / "whole" / "nnUNet_raw" / DATASET)
+    assert len(new) == len(old) + 3
+    changes = int((folder / "count").read_text())
+    for change in range(1, changes + 1):
+        place = folder / str(change) / "nnUNet_raw"
+        assert [path.name for path in place.iterdir()] == [DATASET], change
+        assert tree(place / DATASET) == new, change
+        between = folder / str(change) / "seen"
+        if between.exists():
+            assert tree(between) in (old, new), f"half-written at change {change}"
 
 
 @pytest.mark.skipif(os.name == "nt", reason="SIGKILL is a POSIX signal")
@@ -287,6 +317,22 @@ def test_unreadable_files(raw, source, capsys):
     assert "SUV.nii.gz: cannot be opened (Permission denied)" in capsys.readouterr().err
 
 
+def test_files_that_may_not_be_read(raw, source, capsys, monkeypatch):
+    """The same for root, who may read everything: opening fails as it would for another user."""
+    write_study(source, HEXES[0])
+    path = str(write_study(source, HEXES[1]) / "SUV.nii.gz")
+    real = builtins.open
+
+    def guarded(file, *arguments, **options):
+        if str(file) == path:
+            raise PermissionError(errno.EACCES, "Permission denied", path)
+        return real(file, *arguments, **options)
+
+    monkeypatch.setattr(builtins, "open", guarded)
+    assert convert(source, "-np", "1") == 1
+    assert "SUV.nii.gz: cannot be opened (Permission denied)" in capsys.readouterr().err
+
+
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's own figures of memory")
 def test_peak_memory_of_a_conversion(raw, source):
     """At most four times CT and PET as float32 and the label on the output grid, above what Python itself takes."""
@@ -298,7 +344,7 @@ def test_peak_memory_of_a_conversion(raw, source):
             SEG=image((generator.random(shape) > 0.999).astype(np.uint8), (2.0, 2.0, 3.0)),
         )  # fmt: skip
         folder = next(source.rglob(f"PETCT_{name}/*/SUV.nii.gz")).parent
-        ct = image(generator.normal(0, 300, (200, 240, 240)).astype(np.int16), (1.7, 1.7, 2.4))
+        ct = image(generator.normal(0, 300, (300, 400, 400)).astype(np.int16), (1.02, 1.02, 1.6))
         sitk.WriteImage(ct, str(folder / "CT.nii.gz"), useCompression=True)
     code = (
         "import sys\n"

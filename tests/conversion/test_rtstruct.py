@@ -13,6 +13,7 @@ from dataset_conversion.dicom_series import SliceStack, group_series, read_stack
 from dataset_conversion.errors import ConversionError
 from dataset_conversion.rtstruct import rasterise, read_structure_set
 from dataset_conversion.sts_selection import modality_in_name
+from tests.conversion.data import needs, shared_data
 from tests.conversion.synthetic_dicom import Study, circle, write_rtstruct, write_series
 
 SIZE = 60
@@ -209,3 +210,13 @@ def test_planes_closer_than_slices_do_not_cut_holes(tmp_path: Path) -> None:
 )  # fmt: skip
 def test_modality_in_name(text: str, modality: str | None) -> None:
     assert modality_in_name(text) == modality
+
+
+@needs("sts_raw")
+def test_original_contours_of_sts_001() -> None:
+    """Voxels by pixel centre; the polygons' areas times the spacing say 5082 and 8081."""
+    folder = shared_data() / "sts_raw" / "STS_001" / "FDG_PET"
+    stack = read_stack(group_series(scan(folder / "image")[0], ("PT",))[0])
+    (path,) = (folder / "mask").iterdir()
+    counts = {roi.name: int(rasterise(roi, stack)[0].sum()) for roi in read_structure_set(str(path)).rois.values()}
+    assert sorted(counts.values()) == [5095, 8058]

@@ -13,7 +13,7 @@ import SimpleITK as sitk
 
 from dataset_conversion import resampling, slabs
 from dataset_conversion.errors import ConversionError
-from dataset_conversion.nifti_volume import NiftiVolume
+from dataset_conversion.volume_file import VolumeFile
 
 TILTED = sitk.VersorTransform((0.3, -0.2, 0.5), 0.4).GetMatrix()
 IDENTITY = (1.0, 0, 0, 0, 1.0, 0, 0, 0, 1.0)
@@ -28,10 +28,10 @@ def volume(kind=np.int16, size=(23, 19, 17)) -> sitk.Image:
     return image
 
 
-def save(tmp_path, image: sitk.Image) -> NiftiVolume:
+def save(tmp_path, image: sitk.Image) -> VolumeFile:
     path = str(tmp_path / "x.nii.gz")
     sitk.WriteImage(image, path)
-    return NiftiVolume(path)
+    return VolumeFile(path)
 
 
 def around_centre(image: sitk.Image, size, spacing, direction) -> resampling.Grid:
@@ -103,7 +103,7 @@ def test_slope_and_intercept(tmp_path, scaled):
         content = bytearray((tmp_path / "x.nii").read_bytes())
         content[352:] = stored.tobytes(order="F")
         (tmp_path / "x.nii").write_bytes(content)
-    source = NiftiVolume(str(tmp_path / "x.nii"))
+    source = VolumeFile(str(tmp_path / "x.nii"))
     assert ("float" in source.pixel_type) == scaled
     moved = sitk.GetArrayFromImage(source.read_onto(source.grid, 0.0)).T
     np.testing.assert_array_equal(moved, stored * 0.5 - 3.0 if scaled else stored)
@@ -133,8 +133,8 @@ MEASURE = """
 import re, sys
 from pathlib import Path
 from dataset_conversion.resampling import Grid
-from dataset_conversion.nifti_volume import NiftiVolume
-source = NiftiVolume(sys.argv[1])
+from dataset_conversion.volume_file import VolumeFile
+source = VolumeFile(sys.argv[1])
 coarse = Grid((64, 64, 50), (8.0, 8.0, 8.0), (0.0, 0.0, 0.0), (1.0, 0, 0, 0, 1.0, 0, 0, 0, 1.0))
 source.read_onto(coarse, 0.0)
 print(re.search(r"VmHWM:\\s*(\\d+) kB", Path("/proc/self/status").read_text())[1])

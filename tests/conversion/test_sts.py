@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 from pathlib import Path
@@ -230,6 +231,41 @@ def test_oblique_series_keep_their_grid(raw: Path, source: Path) -> None:
     linear = (1000 + 40 * (2 * x - 1) / 4 + 30 * (2 * y - 1) / 4 + 20 * z) * ONE_HOUR
     np.testing.assert_allclose(sitk.GetArrayFromImage(pet_image)[:, 1:35, 1:39], linear, rtol=1e-3)
     assert any("oblique" in text for text in report(raw)["cases"]["STS_001"]["warnings"])
+
+
+@pytest.mark.parametrize("modality", ["ct", "pet", "rt"])
+def test_cut_at_any_length(source: Path, modality: str) -> None:
+    """A file cut anywhere in its header is told of in one line: pydicom raises five kinds of errors for it."""
+    from dataset_conversion.dicom_series import group_series, read_stack, scan
+    from dataset_conversion.errors import ConversionError
+    from dataset_conversion.rtstruct import read_structure_set
+
+    Patient(source, "STS_001").write()
+    path = next((source / modality).iterdir())
+    content = path.read_bytes()
+    kind = {"ct": "CT", "pet": "PT"}.get(modality)
+    for length in range(1, min(len(content), 1500)):
+        path.write_bytes(content[:length])
+        found, broken = scan(path)
+        assert len(found) + len(broken) <= 1
+        assert all("\n" not in str(error) for error in broken)
+        # Whatever comes of it, it is no other error.
+        with contextlib.suppress(ConversionError):
+            if kind and found:
+                read_stack(group_series(found, (kind,))[0])
+            elif not kind:
+                read_structure_set(str(path))
+
+
+def test_a_damaged_meta_header_is_no_traceback(raw: Path, source: Path, capsys) -> None:
+    Patient(source, "STS_001").write()
+    path = next((source / "ct").iterdir())
+    content = bytearray(path.read_bytes())
+    at = content.index(b"\x02\x00\x02\x00UI")
+    content[at + 4 : at + 6] = b"ZZ"
+    path.write_bytes(content)
+    assert convert(source) in (1, 2)
+    assert "Traceback" not in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("encoding", ["RLE", "JPEG", "JPEG2000"])

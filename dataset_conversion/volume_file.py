@@ -1,4 +1,4 @@
-"""A NIfTI volume that is read slice by slice, its voxels checked as they pass."""
+"""A volume file that is read slice by slice, its voxels checked as they pass."""
 
 from __future__ import annotations
 
@@ -7,7 +7,17 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from dataset_conversion.nifti import can_be_taken, count_not_numbers, geometry, nifti_errors, no_numbers, volume_header
+from dataset_conversion.nifti import (
+    NIFTI_ENDINGS,
+    can_be_taken,
+    count_not_numbers,
+    ending_of,
+    geometry,
+    nifti_errors,
+    no_numbers,
+    read_image,
+    volume_header,
+)
 from dataset_conversion.nifti_stream import NiftiStream
 from dataset_conversion.resampling import Grid
 from dataset_conversion.slabs import resample_slices
@@ -19,11 +29,11 @@ if TYPE_CHECKING:
 Watch = Callable[[int, np.ndarray], None]
 
 
-class NiftiVolume:
-    """A volume in a NIfTI file, of which no more than some slices are in memory at a time.
+class VolumeFile:
+    """A volume in a file, of which no more than some slices are in memory at a time.
 
     Args:
-        path: ending in ``.nii`` or ``.nii.gz``; a fourth axis of length 1 is dropped.
+        path: as ``read_image`` takes it; MetaImage and NRRD are read whole.
 
     Attributes:
         path: the file.
@@ -49,7 +59,7 @@ class NiftiVolume:
 
     def read_through(self, watch: Watch) -> None:
         """Read the whole file and show its slices to ``watch``."""
-        with nifti_errors(self.path), NiftiStream(self.path) as stream:
+        with nifti_errors(self.path), self._open() as stream:
             _Slices(self, stream, watch).finish()
 
     def read_onto(
@@ -61,17 +71,45 @@ class NiftiVolume:
         kind: int | None = None,
     ) -> sitk.Image:
         """Read the whole file onto another grid; arguments as in ``resample_slices``, ``watch`` as above."""
-        with nifti_errors(self.path), NiftiStream(self.path) as stream:
+        with nifti_errors(self.path), self._open() as stream:
             slices = _Slices(self, stream, watch)
             image = resample_slices(self.grid, slices.read, reference, fill, nearest, kind)
             slices.finish()
         return image
 
+    def _open(self) -> NiftiStream | _Whole:
+        return NiftiStream(self.path) if ending_of(self.path, NIFTI_ENDINGS) else _Whole(self.path)
+
+
+class _Whole:
+    """The voxels of a file that cannot be read in parts."""
+
+    def __init__(self, path: str) -> None:
+        import SimpleITK as sitk
+
+        self._image = read_image(path)
+        self._values = sitk.GetArrayViewFromImage(self._image).reshape(-1)
+        self.count, self._done = self._values.size, 0
+
+    def __enter__(self) -> _Whole:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        """Nothing is open."""
+
+    def read(self, count: int) -> np.ndarray:
+        """Return the next voxels in file order."""
+        self._done += count
+        return self._values[self._done - count : self._done]
+
+    def finish(self) -> None:
+        """Nothing is left to read."""
+
 
 class _Slices:
     """The slices of an open file by rising index; those between are read and checked as well."""
 
-    def __init__(self, volume: NiftiVolume, stream: NiftiStream, watch: Watch | None) -> None:
+    def __init__(self, volume: VolumeFile, stream: NiftiStream | _Whole, watch: Watch | None) -> None:
         self._volume, self._stream, self._watch = volume, stream, watch
         self._next = self._not_numbers = 0
         if stream.count != np.prod(volume.grid.size):
