@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from nnunet_h2a.trainers.nnUNetTrainerCIPA import nnUNetTrainerCIPA
+from nnunet_h2a.trainers.nnUNetTrainerCIPAPaper import nnUNetTrainerCIPAPaper
 from nnunet_h2a.trainers.nnUNetTrainerH2ASeg import nnUNetTrainerH2ASeg
+from nnunet_h2a.trainers.nnUNetTrainerH2ASegPaper import nnUNetTrainerH2ASegPaper
 from nnunet_h2a.trainers.nnUNetTrainerISANet import nnUNetTrainerISANet
 from nnunet_h2a.trainers.nnUNetTrainerISANetCT import nnUNetTrainerISANetCT
+from nnunet_h2a.trainers.nnUNetTrainerISANetPaper import nnUNetTrainerISANetPaper
 from nnunet_h2a.trainers.nnUNetTrainerISANetPET import nnUNetTrainerISANetPET
 from nnunet_h2a.training.fusion_trainer import FusionTrainer
 
@@ -24,10 +27,13 @@ def epoch_variants(trainer: type[FusionTrainer]) -> dict[str, type[FusionTrainer
 
 _TRAINERS = (
     nnUNetTrainerH2ASeg,
+    nnUNetTrainerH2ASegPaper,
     nnUNetTrainerISANet,
+    nnUNetTrainerISANetPaper,
     nnUNetTrainerISANetPET,
     nnUNetTrainerISANetCT,
     nnUNetTrainerCIPA,
+    nnUNetTrainerCIPAPaper,
 )
 VARIANTS = {name: variant for trainer in _TRAINERS for name, variant in epoch_variants(trainer).items()}
 # Named in this module, so that pickle finds them.

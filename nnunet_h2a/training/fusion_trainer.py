@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from contextlib import nullcontext
+from typing import Any, ClassVar, NoReturn
 
 import numpy as np
 import torch
@@ -16,6 +17,14 @@ from nnunet_h2a.training.architecture import (
     build_fusion_network,
     check_same_channels,
     fusion_settings,
+)
+from nnunet_h2a.training.failures import (
+    NonFiniteLoss,
+    TrainingStopped,
+    first_non_finite,
+    non_finite_message,
+    out_of_memory_message,
+    stop_at_non_finite,
 )
 from nnunet_h2a.training.modalities import ChannelError
 from nnunet_h2a.training.recipe import OptimizerRecipe, parameter_groups
@@ -53,6 +62,7 @@ class FusionTrainer(nnUNetTrainer):
         device: torch.device = torch.device("cuda"),  # noqa: B008 - the signature must be nnU-Net's
     ) -> None:
         super().__init__(plans, configuration, fold, dataset_json, device)
+        self._steps, self._epoch_of_steps = 0, -1
         self.initial_lr = self.recipe.learning_rate
         self.weight_decay = self.recipe.weight_decay
         self.enable_deep_supervision = self.deep_supervision
@@ -107,9 +117,9 @@ class FusionTrainer(nnUNetTrainer):
 
     def initialize(self) -> None:
         super().initialize()
+        stop_at_non_finite(self.loss)
         # nnU-Net's log shows the plan's architecture, which is that of its own U-Net for a stock plan.
-        network = self.network.module if self.is_ddp else self.network
-        network = getattr(network, "_orig_mod", network)
+        network = self.plain_network
         parameters = sum(p.numel() for p in network.parameters())
         name, modalities = type(network).__name__, getattr(network, "modalities", "both")
         alone = "" if modalities == "both" else f", {modalities.upper()} alone"
@@ -117,9 +127,46 @@ class FusionTrainer(nnUNetTrainer):
             f"network: {name}{alone}, {parameters / 1e6:.2f} million parameters; recipe: {self.recipe}"
         )
 
+    @property
+    def plain_network(self) -> nn.Module:
+        """The network without what distributed training and compilation put around it."""
+        network = self.network.module if self.is_ddp else self.network
+        return getattr(network, "_orig_mod", network)
+
+    def train_step(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """nnU-Net's step, which ends the training with the reason where it cannot go on."""
+        self._steps = self._steps + 1 if self._epoch_of_steps == self.current_epoch else 1
+        self._epoch_of_steps = self.current_epoch
+        try:
+            return super().train_step(batch)
+        except NonFiniteLoss as error:
+            where = f"epoch {self.current_epoch}, step {self._steps}"
+            autocast = torch.autocast("cuda") if self.device.type == "cuda" else nullcontext()
+            with autocast:
+                what = first_non_finite(self.plain_network, batch["data"].to(self.device))
+            cases = [str(key) for key in batch.get("keys", ())]
+            self._stop(non_finite_message(str(error), where, what, cases, self.output_folder), error)
+        except torch.OutOfMemoryError as error:
+            self._stop(
+                out_of_memory_message(
+                    type(self.plain_network).__name__, self.plans_manager.dataset_name,
+                    self.configuration_manager.configuration, self.configuration_name,
+                ),
+                error,
+            )  # fmt: skip
+
+    def _stop(self, message: str, error: Exception) -> NoReturn:
+        self.print_to_log_file(message, also_print_to_console=False)
+        raise TrainingStopped(message) from error
+
     def configure_optimizers(self) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
         network = getattr(self.network, "_orig_mod", self.network)
-        return self.recipe.build(parameter_groups(network, self.weight_decay), self.num_epochs)
+        groups = parameter_groups(network, self.weight_decay, self.free_of_weight_decay(network))
+        return self.recipe.build(groups, self.num_epochs)
+
+    def free_of_weight_decay(self, network: nn.Module) -> set[str]:
+        """Names of parameters without weight decay: what the network itself wants so (CIPA's decay rates and skips)."""
+        return network.no_weight_decay() if hasattr(network, "no_weight_decay") else set()
 
     def _get_deep_supervision_scales(self) -> list[list[float]] | None:
         if not self.enable_deep_supervision or not self.supervise_deepest:

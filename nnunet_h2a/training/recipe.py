@@ -10,45 +10,54 @@ import torch
 from nnunetv2.training.lr_scheduler.polylr import PolyLRScheduler
 from torch import nn
 
+from nnunet_h2a.training.schedules import Schedule, ScheduledLR
+
 
 @dataclass(frozen=True)
 class OptimizerRecipe:
     """Optimiser settings of a trainer.
 
     Args:
-        optimizer: ``"SGD"`` is nnU-Net's, with Nesterov momentum 0.99; ``"AdamW"`` has PyTorch's betas.
+        optimizer: ``"SGD"`` is nnU-Net's, with Nesterov momentum 0.99; ``"Adam"`` and ``"AdamW"`` are PyTorch's.
         learning_rate: at its highest.
         weight_decay: of the optimiser.
         warmup_epochs: epochs over which the learning rate rises linearly before nnU-Net's polynomial decay; never
             more than a tenth of the training.
+        betas: of Adam and AdamW.
+        schedule: in place of the polynomial decay and its warm-up.
     """
 
-    optimizer: Literal["SGD", "AdamW"]
+    optimizer: Literal["SGD", "Adam", "AdamW"]
     learning_rate: float
     weight_decay: float
     warmup_epochs: int = 0
+    betas: tuple[float, float] = (0.9, 0.999)
+    schedule: Schedule | None = None
 
     def build(
         self, parameters: Iterable[nn.Parameter] | list[dict[str, Any]], num_epochs: int
-    ) -> tuple[torch.optim.Optimizer, PolyLRScheduler]:
+    ) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
         """Optimiser and scheduler as ``nnUNetTrainer.configure_optimizers`` returns them."""
         if self.optimizer == "SGD":
             optimizer: torch.optim.Optimizer = torch.optim.SGD(
                 parameters, self.learning_rate, weight_decay=self.weight_decay, momentum=0.99, nesterov=True
             )
         else:
-            optimizer = torch.optim.AdamW(parameters, self.learning_rate, weight_decay=self.weight_decay)
+            kind = {"Adam": torch.optim.Adam, "AdamW": torch.optim.AdamW}[self.optimizer]
+            optimizer = kind(parameters, self.learning_rate, betas=self.betas, weight_decay=self.weight_decay)
+        if self.schedule is not None:
+            return optimizer, ScheduledLR(optimizer, self.learning_rate, num_epochs, self.schedule)
         return optimizer, WarmupPolyLR(optimizer, self.learning_rate, num_epochs, self.warmup_epochs)
 
 
-def parameter_groups(network: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Parameter groups for an optimiser: what the network wants free of weight decay apart from the rest.
+def parameter_groups(network: nn.Module, weight_decay: float, free: set[str]) -> list[dict[str, Any]]:
+    """Parameter groups for an optimiser: what is free of weight decay apart from the rest.
 
     Args:
-        network: its method ``no_weight_decay``, where there is one, names parameters (CIPA's decay rates and skips).
-        weight_decay: of all others.
+        network: whose parameters.
+        weight_decay: of all that are not free of it.
+        free: names of parameters.
     """
-    free = network.no_weight_decay() if hasattr(network, "no_weight_decay") else set()
     named = list(network.named_parameters())
     groups = [{"params": [p for name, p in named if name not in free], "weight_decay": weight_decay}]
     if free:

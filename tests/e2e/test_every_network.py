@@ -14,7 +14,10 @@ from tests.e2e.conftest import Model
 CASES = [
     ("ISANet", "3d_fullres", "nnUNetTrainerISANetFewSteps", []),
     ("CIPA", "2d", "nnUNetTrainerCIPAFewSteps", []),
+    ("ISANet", "3d_fullres", "nnUNetTrainerISANetPaperFewSteps", []),
     ("CIPA", "3d_fullres", "nnUNetTrainerCIPAFewSteps", [pytest.mark.full]),
+    ("H2ASeg", "3d_fullres", "nnUNetTrainerH2ASegPaperFewSteps", [pytest.mark.full]),
+    ("CIPA", "2d", "nnUNetTrainerCIPAPaperFewSteps", [pytest.mark.full]),
     ("ISANet", "2d", "nnUNetTrainerISANetFewSteps", [pytest.mark.full]),
     ("H2ASeg", "2d", "nnUNetTrainerH2ASegFewSteps", [pytest.mark.full]),
     ("CIPA", "2d", "nnUNetTrainerFewSteps", [pytest.mark.full]),

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import SimpleITK as sitk
+import torch
 
 from nnunet_h2a.evaluation.dice import score_folder
 from tests.conftest import EXT_TRAINERS
@@ -51,6 +52,23 @@ def test_the_trainer_is_found_and_trains(workspace, models):
             training.wait()
     assert "network: H2ASeg, " in log
     assert "Epoch 0" in log
+
+
+def test_a_loss_that_is_not_finite_ends_the_training(workspace, models):
+    """With nnU-Net's command: the reason, no traceback, exit code 1, and the checkpoint of the epoch before."""
+    ended = workspace.run(
+        "nnUNetv2_train", "711", "3d_fullres", "0", "-tr", "nnUNetTrainerH2ASegPoisoned", "-p", "nnUNetH2ASegWidePlans",
+        "-device", "cpu", check=False, nnUNet_extTrainer=str(EXT_TRAINERS),
+    )  # fmt: skip
+    assert ended.returncode == 1
+    assert "Traceback" not in ended.stderr
+    assert "training stopped: the loss is nan at epoch 1, step 2\n" in ended.stderr
+    assert "the images hold values that are not finite (channel 1)" in ended.stderr
+    assert "cases of this batch: fdg_" in ended.stderr
+    model = Model(workspace, "poisoned", "nnUNetTrainerH2ASegPoisoned", "nnUNetH2ASegWidePlans")
+    assert f"checkpoint_best.pth in {model.results / 'fold_0'} is as before" in ended.stderr
+    weights = torch.load(model.results / "fold_0" / "checkpoint_best.pth", weights_only=False)["network_weights"]
+    assert all(torch.isfinite(value).all() for value in weights.values())
 
 
 @pytest.mark.full

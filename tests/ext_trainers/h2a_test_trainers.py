@@ -4,8 +4,11 @@ from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
 from nnunet_h2a.trainers import (
     nnUNetTrainerCIPA,
+    nnUNetTrainerCIPAPaper,
     nnUNetTrainerH2ASeg,
+    nnUNetTrainerH2ASegPaper,
     nnUNetTrainerISANet,
+    nnUNetTrainerISANetPaper,
     nnUNetTrainerISANetPET,
 )
 
@@ -39,3 +42,24 @@ class nnUNetTrainerISANetPETFewSteps(_FewSteps, nnUNetTrainerISANetPET):
 
 class nnUNetTrainerCIPAFewSteps(_FewSteps, nnUNetTrainerCIPA):
     pass
+
+
+class nnUNetTrainerH2ASegPaperFewSteps(_FewSteps, nnUNetTrainerH2ASegPaper):
+    pass
+
+
+class nnUNetTrainerISANetPaperFewSteps(_FewSteps, nnUNetTrainerISANetPaper):
+    pass
+
+
+class nnUNetTrainerCIPAPaperFewSteps(_FewSteps, nnUNetTrainerCIPAPaper):
+    pass
+
+
+class nnUNetTrainerH2ASegPoisoned(_FewSteps, nnUNetTrainerH2ASeg):
+    """The PET of the second step of the second epoch holds an infinity."""
+
+    def train_step(self, batch):
+        if self.current_epoch == 1 and self._steps == 1:
+            batch["data"][0, 1, 0] = float("inf")
+        return super().train_step(batch)
