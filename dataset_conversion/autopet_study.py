@@ -154,6 +154,7 @@ def write_volumes(
     if label is not None:
         inputs["label"] = (label, 0.0)
     before = {name: resampling.grid_record(volume.grid) for name, (volume, _) in inputs.items()}
+    resampling.check_no_hu(float(sitk.GetArrayViewFromImage(pet.image).min()), pet.path or None)
     other, spoken = (pet, "PET") if grid == "ct" else (ct, "CT")
     resampling.check_same_place(ct.grid, pet.grid, other.path or None)
     covered = resampling.overlap(reference.grid, other.grid)

@@ -10,6 +10,7 @@ import contextlib
 import io
 import os
 import shlex
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -130,6 +131,9 @@ def execute(recipe: Recipe, arguments: argparse.Namespace) -> int:
         remedy = "please report this; run again to go on, finished cases are kept"
         print_error(f"{recipe.command}: error: unexpected {where(error)}; {remedy}")
     except KeyboardInterrupt:
+        with contextlib.suppress(ValueError):
+            # The process ends now; a second Ctrl-C must not end it with a traceback. ValueError: not the main thread.
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
         print_error(f"{recipe.command}: interrupted; run the same command again to go on, finished cases are kept")
         return INTERRUPTED
     return NOTHING_DONE
@@ -175,7 +179,7 @@ def _execute(recipe: Recipe, arguments: argparse.Namespace) -> int:
             f"warning: {stale} holds other folds than the new dataset and nnU-Net would stop; "
             f"type: rm {shlex.quote(str(stale))}"
         )
-    prepared = raw_dataset.stale_fingerprint(dataset.name) if outcome.converted else None
+    prepared = raw_dataset.stale_fingerprint(dataset)
     if prepared is not None:
         print_error(
             f"warning: {prepared} was made of an earlier state of this dataset, and nnU-Net would go on with it; plan "

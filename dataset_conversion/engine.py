@@ -79,6 +79,10 @@ def plan_splits(recipe: Recipe, discovery: Discovery, test_ids: set[str]) -> tup
         if discovery.test:
             what = "--splits 622: the data has a test set of its own, which patients must not be added to"
             raise UsageError(what, "use --splits patient")
+        patients = len(set(training.values()))
+        if patients < 3:
+            what = f"--splits 622: there are {patients} patients, and each part needs one"
+            raise UsageError(what, "use --splits patient")
         more, folds = six_two_two(training)
         return test_ids | more, folds
     if recipe.splits == "shipped":

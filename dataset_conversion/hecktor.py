@@ -140,7 +140,10 @@ def convert(case: Case, options: Mapping[str, Any], writer: CaseWriter) -> dict[
         "suv": AS_RELEASED,
         "geometry_before": {name: resampling.grid_record(volume.grid) for name, volume in volumes.items()},
         "geometry_after": resampling.grid_record(reference),
-        "resampled": {name: not resampling.same_grid(volume.grid, region) for name, volume in volumes.items()},
+        "resampled": {
+            name: not resampling.same_lattice(region, volume.grid, resampling.SAME_GRID_VOXELS)
+            for name, volume in volumes.items()
+        },
     }
     ranges = {"CT": Range(), "PT": Range()}
     for channel, (name, seen) in enumerate(ranges.items()):
@@ -150,7 +153,8 @@ def convert(case: Case, options: Mapping[str, Any], writer: CaseWriter) -> dict[
             writer.take(files[name], channel)
         else:
             writer.image(channel, volumes[name].read_onto(reference, fill, seen))
-    warnings += value_warnings(ranges["CT"], ranges["PT"], case.patient)
+    warnings += value_warnings(ranges["CT"], ranges["PT"], case.patient, files["PT"])
+    record["highest_suv"] = round(ranges["PT"].highest, 4)
     if "label" in volumes:
         label, labels = volumes["label"], case.payload["labels"]
         check = LabelCheck(label, labels, ct, pet, reference)

@@ -37,9 +37,14 @@ class Range:
         self.highest = max(self.highest, float(values.max()))
 
 
-def value_warnings(ct: Range, pet: Range, patient: str) -> list[str]:
-    """Return warnings on values that are hardly HU or SUV, and on SUV of an assumed weight."""
+def value_warnings(ct: Range, pet: Range, patient: str, path: str) -> list[str]:
+    """Return warnings on values that are hardly HU or SUV, and on SUV of an assumed weight.
+
+    Raises:
+        ConversionError: the PET (at ``path``) has values that only a CT has.
+    """
     warnings = []
+    resampling.check_no_hu(pet.lowest, path)
     if ct.lowest > -200:
         warnings.append(f"the lowest value of the CT is {ct.lowest:g}: not in HU?")
     if pet.highest > _HIGHEST_SUV or pet.highest < 0.5:

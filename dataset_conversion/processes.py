@@ -11,7 +11,7 @@ import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import nnunet_h2a
 from dataset_conversion.cases import Case, CaseWriter, Recipe, Refusal
@@ -149,24 +149,45 @@ def _convert_in_pool(recipe: Recipe, jobs: Sequence[Job], workspace: Path, worke
     from concurrent.futures.process import BrokenProcessPool
 
     left: list[Job] = []
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker) as pool:
-        futures = {}
-        try:
-            for job in jobs:
-                try:
-                    futures[pool.submit(_convert_one, recipe, *job, workspace)] = job
-                except BrokenProcessPool:
-                    left.append(job)
-            for future in as_completed(futures):
-                try:
-                    tally.add(future.result())
-                except BrokenProcessPool:
-                    left.append(futures[future])
-        except (KeyboardInterrupt, UsageError):
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
+    others = set(multiprocessing.active_children())
+    pool = ProcessPoolExecutor(
+        workers, mp_context=multiprocessing.get_context("spawn"), initializer=_start_worker
+    )  # fmt: skip
+    futures = {}
+    try:
+        for job in jobs:
+            try:
+                futures[pool.submit(_convert_one, recipe, *job, workspace)] = job
+            except BrokenProcessPool:
+                left.append(job)
+        for future in as_completed(futures):
+            try:
+                tally.add(future.result())
+            except BrokenProcessPool:
+                left.append(futures[future])
+    except BaseException:
+        _abandon(pool, others)
+        raise
+    pool.shutdown()
     return sorted(left, key=lambda job: job[0].case_id)
+
+
+def _abandon(pool: Any, others: set[Any]) -> None:
+    """End a pool's workers at once: what they were writing is in a temporary place and is begun again."""
+    import multiprocessing
+    import signal
+
+    in_main = threading.current_thread() is threading.main_thread()
+    # An impatient second Ctrl-C must not stop the clearing up, which takes no time.
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN) if in_main else None
+    try:
+        pool.shutdown(wait=False, cancel_futures=True)
+        for child in set(multiprocessing.active_children()) - others:
+            child.kill()
+        pool.shutdown(wait=True, cancel_futures=True)
+    finally:
+        if in_main:
+            signal.signal(signal.SIGINT, before)
 
 
 def _convert_on_dask(recipe: Recipe, jobs: Sequence[Job], workspace: Path, address: str, tally: _Tally) -> None:

@@ -12,6 +12,9 @@ from typing import Any
 
 from dataset_conversion.errors import UsageError
 
+#: What a conversion tells of itself, in the dataset folder.
+REPORT = "conversion_report.json"
+
 #: What PET may be normalised by, and the channel name that has stock nnU-Net do it (None: its fixed scaling).
 PET_NORMALIZATIONS = {"zscore": "PET", "ct": "CT", "suv": None}
 _NAME = re.compile(r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
@@ -182,14 +185,16 @@ def stale_preprocessed_splits(dataset_name: str, splits: Sequence[Mapping[str, S
     return None if same else path
 
 
-def stale_fingerprint(dataset_name: str) -> Path | None:
-    """Return the fingerprint that nnU-Net has of the dataset, None where it has none.
+def stale_fingerprint(dataset: Path) -> Path | None:
+    """Return the fingerprint that nnU-Net has of an earlier state of the dataset, None where it has none.
 
     Unless told to ``--clean``, nnU-Net plans changed images by the fingerprint of the former ones.
     """
     folder = os.environ.get("nnUNet_preprocessed", "").strip()
-    path = Path(folder).expanduser() / dataset_name / "dataset_fingerprint.json"
-    return path if folder and path.is_file() else None
+    path, report = Path(folder).expanduser() / dataset.name / "dataset_fingerprint.json", dataset / REPORT
+    if not folder or not path.is_file() or not report.is_file():
+        return None
+    return path if path.stat().st_mtime_ns < report.stat().st_mtime_ns else None
 
 
 def next_commands(

@@ -19,6 +19,8 @@ LATTICE_VOXELS = 0.05
 # CT and PET of one examination overlap by most of the smaller one; with a mirrored axis by a few per cent.
 SHARED_AT_LEAST = 0.2
 AXIS_TOLERANCE = 1e-4
+# Reconstruction leaves small negative values.
+_LOWEST_SUV = -50.0
 FILL_CT = -1024.0
 FILL_PET = 0.0
 
@@ -129,6 +131,13 @@ def check_same_place(ct: sitk.Image | Grid, pet: sitk.Image | Grid, path: str | 
     what = "CT and PET lie at different places: they share "
     what += f"{shared:.1%} of the smaller one" if shared else "no part"
     raise ConversionError(what, "check direction and origin, or whether they are of one patient", path)
+
+
+def check_no_hu(lowest: float, path: str | None) -> None:
+    """Raise where a PET's lowest value is one that only a CT has: files that were mixed up."""
+    if lowest < _LOWEST_SUV:
+        what = f"the lowest value of the PET is {lowest:g}, and SUV is not negative"
+        raise ConversionError(what, "check whether CT and PET were swapped", path)
 
 
 def describe_difference(image: sitk.Image | Grid, other: sitk.Image | Grid) -> str:

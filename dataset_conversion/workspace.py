@@ -19,13 +19,12 @@ from typing import Any
 import nnunet_h2a
 from dataset_conversion.cases import Case, Discovery, Outcome, Recipe
 from dataset_conversion.errors import UsageError
-from dataset_conversion.raw_dataset import to_bytes
+from dataset_conversion.raw_dataset import REPORT, to_bytes
 from dataset_conversion.splits import Fold
 
 FORMAT_VERSION = 3
 # To be raised with every change of what is selected from the same files or of what is written for them.
 RULES_VERSION = 4
-REPORT = "conversion_report.json"
 CASE_FILE = "case.json"
 DATASET_JSON = "dataset.json"
 _MANAGED = (DATASET_JSON, "splits_final.json", REPORT)
@@ -110,6 +109,13 @@ def published_records(dataset: Path, recipe: Recipe, discovery: Discovery) -> di
     found |= {refusal.subject for refusal in discovery.refusals}
     strangers = sorted(set(records) - found)
     if strangers:
+        if report.get("options") != json.loads(json.dumps(dict(recipe.options))):
+            raise UsageError(
+                f"holds {len(strangers)} cases that this run would not make (e.g. {strangers[0]}); it was written with "
+                "other settings",
+                "use another -d, or delete the dataset folder",
+                dataset,
+            )
         raise UsageError(
             f"holds {len(strangers)} cases that are not in the source folder (e.g. {strangers[0]})",
             "convert from a folder that holds all patients, use another -d, or delete the dataset folder",
@@ -217,6 +223,11 @@ def publish(
     (new / DATASET_JSON).write_bytes(to_bytes(content))
     (new / "splits_final.json").write_bytes(to_bytes(outcome.splits))
     (new / REPORT).write_bytes(to_bytes(report))
+    before = dataset / REPORT
+    if before.exists() and before.read_bytes() == to_bytes(report):
+        # The report is as old as what it tells of: raw_dataset.stale_fingerprint goes by it.
+        status = before.stat()
+        os.utime(new / REPORT, ns=(status.st_atime_ns, status.st_mtime_ns))
     _carry_over(dataset, new, published)
     old = workspace / "old"
     if dataset.exists():

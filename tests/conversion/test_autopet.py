@@ -206,6 +206,15 @@ def test_cut_off_file_is_refused_without_traceback(
     assert "Traceback" not in error
 
 
+def test_swapped_ct_and_pet_are_refused(raw, tmp_path, capsys):
+    folder = write_study(tmp_path / "r", HEXES[0])
+    (folder / "CTres.nii.gz").rename(folder / "x")
+    (folder / "SUV.nii.gz").rename(folder / "CTres.nii.gz")
+    sitk.WriteImage(sitk.ReadImage(str(folder / "CTres.nii.gz")) * 0 - 1000, str(folder / "SUV.nii.gz"))
+    assert convert(tmp_path / "r") == 2
+    assert "SUV.nii.gz: the lowest value of the PET is -1000, and SUV is not negative" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("change", "what"),
     [

@@ -418,6 +418,15 @@ def test_a_changed_dataset_asks_for_a_new_fingerprint(
     printed = capsys.readouterr()
     assert "--verify_dataset_integrity --clean\n" in printed.out
     assert "dataset_fingerprint.json was made of an earlier state" in printed.err
+    # Until nnU-Net has planned again, also by runs that change nothing or only who is tested on.
+    for flags in (("--grid", "pet"), ("--grid", "pet", "--test", "STS_001"), ("--grid", "pet", "--test", "STS_001")):
+        assert convert(source, *flags) == 0
+        assert "--clean" in capsys.readouterr().out
+    (folder / DATASET / "dataset_fingerprint.json").write_text("{}")
+    assert convert(source, "--grid", "pet", "--test", "STS_001") == 0
+    assert "--clean" not in capsys.readouterr().out
+    assert convert(source, "--grid", "pet") == 0
+    assert "--clean" in capsys.readouterr().out
 
 
 def test_a_file_in_place_of_a_folder(raw: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

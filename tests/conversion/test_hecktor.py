@@ -130,7 +130,8 @@ def test_label_larger_than_its_ct(raw, source, extra):
     np.testing.assert_array_equal(sitk.GetArrayFromImage(label), expected(label, tumours(False)))
     record = json.loads((raw / DATASET / "conversion_report.json").read_text())["cases"]["CHUP_008"]
     assert any("label and CT differ (size" in text for text in record["warnings"])
-    assert record["resampled"] == {"CT": False, "PT": True, "label": True}
+    assert record["resampled"] == {"CT": False, "PT": True, "label": False}, "cut, on the CT's own lattice"
+    assert record["highest_suv"] > 0
 
 
 def test_label_shifted_by_a_few_voxels_is_placed_by_position(raw, source):

@@ -171,6 +171,32 @@ def test_killed_with_two_processes(raw, studies):
     assert kills
 
 
+@pytest.mark.skipif(os.name == "nt", reason="signals are POSIX's")
+def test_ctrl_c_ends_all_processes(raw, source):
+    """One Ctrl-C, and an impatient second one: soon over, in one line, and the next run goes on."""
+    for index in range(60):
+        write_study(source, f"{index:010d}", CTres=None)
+    run = subprocess.Popen(
+        command(source, "-np", "2"), env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        start_new_session=True,
+    )  # fmt: skip
+    end = time.monotonic() + 120
+    while not list(raw.glob(".h2a_*/cases/*")) and run.poll() is None and time.monotonic() < end:
+        time.sleep(0.005)
+    for _ in range(2):
+        os.killpg(run.pid, signal.SIGINT)
+        time.sleep(0.1)
+    error = run.communicate(timeout=60)[1]
+    assert run.returncode == 130, error
+    assert "Traceback" not in error
+    assert "interrupted; run the same command again to go on" in error
+    done = len(list(raw.glob(".h2a_*/cases/*")))
+    assert 0 < done < 60
+    again = subprocess.run(command(source, "-np", "2"), env=environment(), capture_output=True, text=True, check=False)
+    assert again.returncode == 0, again.stderr
+    assert f"{60 - done} cases converted, {done} kept" in again.stdout
+
+
 def tree_of(expected: dict[str, str]) -> dict[str, str]:
     return {name.removeprefix(f"{DATASET}{os.sep}"): mark for name, mark in expected.items()}
 
