@@ -153,6 +153,8 @@ def _execute(recipe: Recipe, arguments: argparse.Namespace) -> int:
     if not discovery.cases:
         _report_refusals(discovery.refusals)
         counted = f" ({_count_refusals(discovery.refusals, 0, recipe.unit)})" if discovery.refusals else ""
+        if discovery.passed_over and not discovery.refusals:
+            raise UsageError(f"holds nothing that is wanted: {_left_out(discovery)}", "change that flag", source)
         what = f"{'is a file and ' if source.is_file() else ''}holds nothing that can be converted{counted}"
         raise UsageError(what, f"give -i the folder with {recipe.looks_for}", source)
     recipe = _with_flags(recipe, arguments, discovery)
@@ -168,6 +170,10 @@ def _execute(recipe: Recipe, arguments: argparse.Namespace) -> int:
         return NOTHING_DONE
     for text in discovery.notes:
         print_error(f"warning: {text}")
+    if any(set(fold["train"]) & set(fold["val"]) for fold in outcome.splits) and recipe.splits != "shipped":
+        print_error("warning: one patient alone is left to train on, who is validated on as well (fold 0)")
+    if discovery.passed_over:
+        say(f"note: {_left_out(discovery)}")
     _print_notes([f"note: {case_id}: {text}" for case_id, texts in outcome.notes.items() for text in texts])
     say(
         f"{dataset}: {len(outcome.converted)} cases converted, {len(outcome.kept)} kept from an earlier run, "
@@ -202,6 +208,12 @@ def _execute(recipe: Recipe, arguments: argparse.Namespace) -> int:
         return ALL_CONVERTED
     print_error(f"{summary}; see {dataset / REPORT}")
     return SOME_REFUSED
+
+
+def _left_out(discovery: Discovery) -> str:
+    """Return how many cases were left out on the user's wish, with one of them."""
+    name, reason = min(discovery.passed_over.items())
+    return f"{len(discovery.passed_over)} cases were left out (e.g. {name}: {reason})"
 
 
 def _with_flags(recipe: Recipe, arguments: argparse.Namespace, discovery: Discovery) -> Recipe:

@@ -63,6 +63,9 @@ def split_test_cases(discovery: Discovery, test: Sequence[str]) -> set[str]:
         if whole != hits:
             discovery.notes.append(f"--test {name}: all {len(whole)} studies of the patient go to the test set")
         chosen |= whole
+    if chosen - discovery.test and discovery.test:
+        added = len(chosen - discovery.test)
+        discovery.notes.append(f"--test adds {added} cases to the test set that came with the data")
     if cases and chosen and len(chosen | discovery.test) == len(cases):
         raise UsageError("--test leaves no patient for training", "name fewer")
     return chosen | {case.case_id for case in cases if case.case_id in discovery.test}

@@ -234,6 +234,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     if arguments.spacing is not None and not all(0.1 <= value <= 50.0 for value in arguments.spacing):
         parser.error("--spacing: three numbers from 0.1 to 50 mm are needed")
+    if arguments.bbox and arguments.crop != "bbox":
+        parser.error("--bbox goes with --crop bbox")
     options = {name: getattr(arguments, name) for name in ("grid", "spacing", "crop", "bbox")}
     recipe = Recipe("h2a_convert_hecktor", SPEC, options, discover, convert, describe, LOOKS_FOR)
     return execute(recipe, arguments)

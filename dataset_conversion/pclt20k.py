@@ -301,7 +301,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--spacing",
         nargs=3,
         type=float,
-        default=[1.0, 1.0, 1.0],
         metavar=("X", "Y", "Z"),
         help="voxel spacing of --volumes in mm; the PNG files do not have it (default: 1 1 1)",
     )
@@ -312,6 +311,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         help="train.txt and test.txt decide (official), or all slices are for training (ignore) (default: official)",
     )
     arguments = parser.parse_args(argv)
+    if arguments.spacing is not None and not arguments.volumes:
+        parser.error("--spacing goes with --volumes")
+    arguments.spacing = arguments.spacing or [1.0, 1.0, 1.0]
     if not all(0.01 <= value <= 100.0 for value in arguments.spacing):
         parser.error("--spacing: three numbers from 0.01 to 100 mm are needed")
     options = {name: getattr(arguments, name) for name in ("volumes", "spacing", "lists")}

@@ -116,10 +116,35 @@ def test_two_studies_of_one_day(raw: Path, tmp_path: Path) -> None:
     assert len(json.loads((raw / DATASET / "splits_final.json").read_text())) == 2
 
 
-def test_drop_negatives(raw: Path, release: Path) -> None:
+def test_drop_negatives(raw: Path, release: Path, capsys) -> None:
     assert convert(release, "--drop-negatives") == 0
+    said = f"note: 1 cases were left out (e.g. fdg_{HEXES[3]}_20030323: no lesion (--drop-negatives))"
+    assert said in capsys.readouterr().out
     assert not (raw / DATASET / "labelsTr" / f"fdg_{HEXES[3]}_20030323.nii.gz").exists()
     assert json.loads((raw / DATASET / "dataset.json").read_text())["numTraining"] == 6
+
+
+def test_nothing_of_the_tracer_that_is_wanted(raw: Path, release: Path, capsys) -> None:
+    assert convert(release, "--tracer", "psma") == 2
+    error = capsys.readouterr().err
+    assert "holds nothing that is wanted: 7 cases were left out" in error
+    assert "tracer fdg (--tracer psma)" in error
+
+
+def test_six_two_two_of_two_patients(raw: Path, tmp_path: Path, capsys) -> None:
+    for name in HEXES[:2]:
+        write_study(tmp_path / "r", name)
+    assert convert(tmp_path / "r", "--splits", "622") == 2
+    assert "--splits 622: there are 2 patients, and each part needs one" in capsys.readouterr().err
+
+
+def test_one_patient_alone_is_validated_on_what_it_trains_on(raw: Path, tmp_path: Path, capsys) -> None:
+    for name in HEXES[:2]:
+        write_study(tmp_path / "r", name)
+    assert convert(tmp_path / "r") == 0
+    assert "one patient alone" not in capsys.readouterr().err
+    assert convert(tmp_path / "r", "--test", f"PETCT_{HEXES[0]}") == 0
+    assert "warning: one patient alone is left to train on" in capsys.readouterr().err
 
 
 def test_test_patient_takes_all_its_studies(raw: Path, release: Path) -> None:

@@ -178,7 +178,7 @@ def test_mr_files_count_for_resuming(raw: Path, source: Path, capsys: pytest.Cap
 
 
 def test_channel_names_a_user_changed_are_kept(raw: Path, source: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    write_patients(source, 1)
+    write_patients(source, 1, 2)
     assert convert(source) == 0
     path = raw / DATASET / "dataset.json"
     content = json.loads(path.read_text())
@@ -198,7 +198,7 @@ def test_channel_names_a_user_changed_are_kept(raw: Path, source: Path, capsys: 
 def test_other_edits_of_dataset_json_are_told_of(
     raw: Path, source: Path, capsys: pytest.CaptureFixture[str], edit: dict
 ) -> None:
-    write_patients(source, 1)
+    write_patients(source, 1, 2)
     assert convert(source) == 0
     path = raw / DATASET / "dataset.json"
     content = json.loads(path.read_text())

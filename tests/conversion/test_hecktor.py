@@ -430,6 +430,21 @@ def test_a_mirrored_pet_is_refused(raw, source, capsys):
     assert "CT and PET lie at different places: they share" in capsys.readouterr().err
 
 
+def test_patients_added_to_a_test_set_are_told(raw, source, capsys):
+    write_patient(source, "2026", "CHUM-001")
+    write_patient(source, "2026", "CHUM-003")
+    write_patient(source, "test", "CHUM-002", label=False)
+    assert convert(source, "--test", "CHUM-003") == 0
+    assert "warning: --test adds 1 cases to the test set that came with the data" in capsys.readouterr().err
+
+
+def test_boxes_without_the_crop_they_are_for(raw, source, capsys):
+    with pytest.raises(SystemExit) as stop:
+        convert(source, "--bbox", "boxes.csv")
+    assert stop.value.code == 2
+    assert "--bbox goes with --crop bbox" in capsys.readouterr().err
+
+
 def test_a_labelled_test_set_stays_one(raw, source):
     write_patient(source, "2026", "CHUM-001")
     write_patient(source, "test", "USZ-001")

@@ -242,6 +242,19 @@ def test_one_list_missing(raw, release, capsys):
     assert "train.txt: is there without test.txt; restore test.txt, or --lists ignore" in capsys.readouterr().err
 
 
+def test_spacing_without_volumes(raw, release, capsys):
+    with pytest.raises(SystemExit) as stop:
+        convert(release, "--spacing", "1", "1", "2")
+    assert stop.value.code == 2
+    assert "--spacing goes with --volumes" in capsys.readouterr().err
+
+
+def test_volumes_over_a_dataset_of_slices(raw, release, capsys):
+    assert convert(release) == 0
+    assert convert(release, "--volumes") == 2
+    assert "cases that this run would not make" in capsys.readouterr().err
+
+
 def test_no_patients_are_added_to_the_official_test_set(raw, release, capsys):
     assert convert(release, "--splits", "622") == 2
     assert "the data has a test set of its own" in capsys.readouterr().err

@@ -86,12 +86,8 @@ def test_dask_workers_that_do_not_see_the_data(cluster, tmp_path):
         _check_cluster(client, "tcp://x", tmp_path, "/nowhere/file")
 
 
-@pytest.mark.skipif(os.name == "nt", reason="SIGKILL is a POSIX signal")
-def test_killed_at_every_change_of_the_folder(tmp_path, source):
-    """Killed while it makes, writes, moves or removes any of its files, it goes on and ends with the same bytes."""
-    for index in range(3):
-        write_study(source, f"{index:010d}", CTres=None)
-    folder = tmp_path / "runs"
+def kill_at_every_change(folder: Path, source: Path) -> int:
+    """Kill a conversion at each of its changes, as killed_runs.py says, and run it again; how many there are."""
     script = Path(__file__).with_name("killed_runs.py")
     killed = subprocess.run(
         [sys.executable, str(script), str(folder), "dataset_conversion.autopet", "-i", str(source), "-d", "630",
@@ -99,7 +95,16 @@ def test_killed_at_every_change_of_the_folder(tmp_path, source):
         env=environment(), capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert killed.returncode == 0, killed.stderr[-2000:]
-    changes = int((folder / "count").read_text())
+    return int((folder / "count").read_text())
+
+
+@pytest.mark.skipif(os.name == "nt", reason="SIGKILL is a POSIX signal")
+def test_killed_at_every_change_of_the_folder(tmp_path, source):
+    """Killed while it makes, writes, moves or removes any of its files, it goes on and ends with the same bytes."""
+    for index in range(3):
+        write_study(source, f"{index:010d}", CTres=None)
+    folder = tmp_path / "runs"
+    changes = kill_at_every_change(folder, source)
     assert changes > 20
     expected = tree(folder / "whole" / "nnUNet_raw" / DATASET)
     seen = 0
@@ -123,16 +128,9 @@ def test_killed_at_every_change_over_an_earlier_dataset(raw, tmp_path, source):
     shutil.copytree(raw, folder / "before")
     old = tree(raw / DATASET)
     write_study(source, HEXES[1], CTres=None)
-    script = Path(__file__).with_name("killed_runs.py")
-    killed = subprocess.run(
-        [sys.executable, str(script), str(folder), "dataset_conversion.autopet", "-i", str(source), "-d", "630",
-         "-np", "1"],
-        env=environment(), capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert killed.returncode == 0, killed.stderr[-2000:]
+    changes = kill_at_every_change(folder, source)
     new = tree(folder / "whole" / "nnUNet_raw" / DATASET)
     assert len(new) == len(old) + 3
-    changes = int((folder / "count").read_text())
     for change in range(1, changes + 1):
         place = folder / str(change) / "nnUNet_raw"
         assert [path.name for path in place.iterdir()] == [DATASET], change
