@@ -8,7 +8,7 @@ import numpy as np
 
 from dataset_conversion.dicom_series import READ_ERRORS, SliceStack, quiet_dicom
 from dataset_conversion.errors import ConversionError
-from dataset_conversion.resampling import Grid
+from dataset_conversion.resampling import Grid, set_geometry
 from dataset_conversion.slabs import resample_slices
 
 if TYPE_CHECKING:
@@ -111,10 +111,7 @@ def _note_unscaled(stack: SliceStack) -> None:
 
 def with_stack_geometry(image: sitk.Image, stack: SliceStack) -> sitk.Image:
     """Give an image made from a (z, y, x) array on the stack's grid the stack's spacing, origin and direction."""
-    image.SetSpacing(stack.spacing)
-    image.SetOrigin(stack.origin.tolist())
-    image.SetDirection(stack.direction.ravel().tolist())
-    return image
+    return set_geometry(image, grid_of_stack(stack))
 
 
 def _stored_values(path: str) -> np.ndarray:

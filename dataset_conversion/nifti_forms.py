@@ -11,7 +11,7 @@ import numpy as np
 
 from dataset_conversion import resampling
 from dataset_conversion.errors import ConversionError
-from dataset_conversion.nifti_stream import gzip_module
+from dataset_conversion.nifti_stream import gzip_module, read_nifti_header
 
 # In voxels; rounding of qform's quaternion over 1000 voxels is a tenth of it.
 _APART_AT_MOST = 0.5
@@ -20,13 +20,9 @@ _REMEDY = "write the file anew with one geometry, resampled if it is sheared"
 
 
 def _header(path: str) -> Any:
-    import nibabel
-
     opener = gzip_module().open if path.lower().endswith(".gz") else open
     with opener(path, "rb") as stream:
-        start = stream.read(4)
-        kind = nibabel.Nifti2Header if start in (b"\x1c\x02\0\0", b"\0\0\x02\x1c") else nibabel.Nifti1Header
-        return kind(start + stream.read(kind.sizeof_hdr - len(start)), check=False)
+        return read_nifti_header(stream)
 
 
 def _forms(header: Any) -> dict[str, np.ndarray]:

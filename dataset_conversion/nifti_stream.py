@@ -23,6 +23,16 @@ def gzip_module() -> Any:
     return igzip
 
 
+def read_nifti_header(stream: IO[bytes]) -> Any:
+    """Return nibabel's header of an open NIfTI file, which is read up to the header's end."""
+    import nibabel
+
+    start = stream.read(4)
+    kind = nibabel.Nifti2Header if start in (b"\x1c\x02\0\0", b"\0\0\x02\x1c") else nibabel.Nifti1Header
+    # Without nibabel's own check, which speaks on the terminal.
+    return kind(start + stream.read(kind.sizeof_hdr - len(start)), check=False)
+
+
 class NiftiStream:
     """An open NIfTI file, compressed or not, read from its first voxel to its last byte.
 
@@ -47,23 +57,18 @@ class NiftiStream:
             raise
 
     def _read_header(self) -> None:
-        import nibabel
-
-        start = self._stream.read(4)
-        kind = nibabel.Nifti2Header if start in (b"\x1c\x02\0\0", b"\0\0\x02\x1c") else nibabel.Nifti1Header
-        block = start + self._stream.read(kind.sizeof_hdr - len(start))
-        # Without nibabel's own check, which speaks on the terminal.
-        header = kind(block, check=False)
+        header = read_nifti_header(self._stream)
+        length = header.sizeof_hdr
         self._kind, self.count = header.get_data_dtype(), int(np.prod(header.get_data_shape()))
         offset = int(header.get_data_offset())
-        if offset < kind.sizeof_hdr + 4:
+        if offset < length + 4:
             # Programs differ in where they then begin to read.
-            raise ValueError(f"vox_offset is {offset}, the header takes {kind.sizeof_hdr + 4} bytes")
+            raise ValueError(f"vox_offset is {offset}, the header takes {length + 4} bytes")
         size, claimed = os.path.getsize(self._path), offset + self.count * self._kind.itemsize
         if min(header.get_data_shape(), default=0) < 1 or claimed > size * (_DEFLATE_AT_MOST if self._packed else 1):
             # Before an array of that size is asked for.
             raise EOFError(f"its header claims {claimed} bytes, the file has {size}")
-        self._stream.read(offset - kind.sizeof_hdr)
+        self._stream.read(offset - length)
         slope, intercept = header.get_slope_inter()
         self._scaling = None
         if slope not in (None, 1.0) or intercept not in (None, 0.0):

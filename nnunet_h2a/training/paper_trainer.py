@@ -19,8 +19,8 @@ class PaperTrainer(FusionTrainer):
 
     - spacing, patch and normalisation are the plan's (``h2a_plan --patch-size``, ``--pet-normalization`` of the
       converters);
-    - a training patch is drawn from a random training case, and a third of a batch's patches (at least one of them)
-      from around foreground, where a paper takes the volume, a box or a slice;
+    - a training patch is drawn from a random training case, and a third of a batch's patches from around foreground
+      (one of two; none with a batch of one), where a paper takes the volume, a box or a slice;
     - gradients are clipped to a norm of 12, and on a GPU training is in mixed precision;
     - the checkpoint that counts is the last one (``checkpoint_best.pth`` is there too), and what it is measured on was
       not seen in training; folds are nnU-Net's unless splits_final.json says otherwise.
@@ -76,16 +76,11 @@ class PaperTrainer(FusionTrainer):
             axes = self.inference_allowed_mirroring_axes = None
         return rotation, dummy_2d, initial, axes
 
-    def on_train_epoch_start(self) -> None:
-        super().on_train_epoch_start()
-        self._step_of_epoch = 0
-
     def train_step(self, batch: dict[str, Any]) -> dict[str, Any]:
         schedule = self.recipe.schedule
         if schedule is not None and schedule.every_step:
-            step = getattr(self, "_step_of_epoch", 0)
-            self.lr_scheduler.step(self.current_epoch + step / self.num_iterations_per_epoch)
-            self._step_of_epoch = step + 1
+            done = self._steps if self._epoch_of_steps == self.current_epoch else 0
+            self.lr_scheduler.step(self.current_epoch + done / self.num_iterations_per_epoch)
         if self._mixup is not None:
             data = batch["data"].to(self.device, non_blocking=True)
             target = batch["target"]
