@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[1]
 EXT_TRAINERS = ROOT / "tests" / "ext_trainers"
 
 #: Tests of a trained model or of a preprocessed dataset, which are made once.
-SHARE_THE_WORKSPACE = ("tests/e2e/", "tests/training/", "tests/planning/test_plan.py")
+SHARE_THE_WORKSPACE = ("tests/e2e/", "tests/training/", "tests/planning/test_plan.py", "tests/planning/test_sizing.py")
 
 #: Long files whose tests share nothing.
 INDEPENDENT = ("test_every_network.py", "test_every_network_deployment.py")

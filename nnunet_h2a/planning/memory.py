@@ -7,6 +7,7 @@ that is counted on fake CPU tensors, because PyTorch's engine needs a driver to 
 
 from __future__ import annotations
 
+import os
 import warnings
 import weakref
 from collections.abc import Callable, Iterator, Sequence
@@ -21,8 +22,21 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from nnunet_h2a.networks.selective_scan.dispatch import SWITCH
+
+GIB = 2**30
+
 #: Bytes that PyTorch's allocator rounds to.
 _BLOCK = 512
+
+#: PROVISIONAL, until they are measured on GPUs with benchmarks/memory.py: what CUDA and its libraries take for
+#: themselves, and by how much a step's peak exceeds the tensors that are counted (workspaces of convolutions, blocks
+#: that the allocator cannot use again).
+CUDA_CONTEXT = 0.8 * GIB
+OVERHEAD = 1.15
+
+#: Adam's two averages of each parameter, float32.
+OPTIMISER_BYTES = 8
 
 
 @dataclass(frozen=True)
@@ -40,6 +54,27 @@ class StepMemory:
     weights: int
     kept: int
     beyond: int
+
+    @property
+    def tensors(self) -> int:
+        """Bytes of all tensors at the step's peak: in the backward pass, or where Adam steps with what it needs."""
+        gradients = adam = 4 * self.parameters
+        return max(self.kept + self.beyond, self.weights + gradients + adam) + OPTIMISER_BYTES * self.parameters
+
+    @property
+    def peak(self) -> int:
+        """Bytes of GPU memory, by constants that are provisional (:data:`OVERHEAD`, :data:`CUDA_CONTEXT`)."""
+        return int(self.tensors * OVERHEAD + CUDA_CONTEXT)
+
+    def scaled(self, factor: float) -> StepMemory:
+        """For ``factor`` times as many voxels per step: what is not weights, gradients or the optimiser's grows so."""
+        gradients = min(self.beyond, 4 * self.parameters)
+        return StepMemory(
+            self.parameters,
+            self.weights,
+            self.weights + round((self.kept - self.weights) * factor),
+            gradients + round((self.beyond - gradients) * factor),
+        )
 
 
 class _Alive(TorchDispatchMode):
@@ -99,6 +134,20 @@ class _WithFusedAttention(TorchFunctionMode):
 
 
 @contextmanager
+def _plain_scan() -> Iterator[None]:
+    """The scan in PyTorch: on a GPU Triton's keeps the same tensors, and it would ask for a real one here."""
+    before = os.environ.get(SWITCH)
+    os.environ[SWITCH] = "chunked"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[SWITCH]
+        else:
+            os.environ[SWITCH] = before
+
+
+@contextmanager
 def _half_precision(device: str) -> Iterator[None]:
     """Autocast to float16 for a device that need not be there."""
     before = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
@@ -128,7 +177,7 @@ def count_step(
     """
     kept, peaks, weights, parameters = {}, {}, 0, 0
     for device in ("cuda", "cpu") if amp else ("cpu",):
-        with FakeTensorMode(), _Alive() as alive, _WithFusedAttention(), warnings.catch_warnings():
+        with _plain_scan(), FakeTensorMode(), _Alive() as alive, _WithFusedAttention(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             with torch.device(device):
                 network = build()

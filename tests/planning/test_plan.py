@@ -11,7 +11,8 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnunet_h2a.command import CommandError
 from nnunet_h2a.networks import H2ASeg
-from nnunet_h2a.planning.plan import main, make_plans
+from nnunet_h2a.planning.make_plans import make_plans
+from nnunet_h2a.planning.plan import main
 
 
 @pytest.fixture
