@@ -35,6 +35,8 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
             file = nodeid.partition("::")[0]
             if file.startswith(SHARE_THE_WORKSPACE):
                 return "workspace"
+            if file.startswith("tests/promises/"):
+                return "promises"
             return nodeid if file.endswith(INDEPENDENT) and "two_processes" not in nodeid else file
 
     return Scheduling(config, log)
