@@ -10,14 +10,16 @@ READY := $(VENV)/.ready
 # Two processes of one thread each; tests/conftest.py says which tests stay together.
 PYTEST := $(BIN)/python -m pytest -n 2
 
-.PHONY: help setup demo test test-full lint bench clean
+.PHONY: help setup demo test test-full test-matrix lint bench bench-fusion clean
 
 help:
 	@echo "make demo       phantom PET/CT -> nnU-Net dataset -> train, predict, ensemble, score (demo_output/)"
 	@echo "make test       the tests (15 minutes on 2 slow cores)"
 	@echo "make test-full  the tests for every feature and network"
+	@echo "make test-matrix  the tests with nnU-Net 2.8.0 and with the newest 2.x (TESTS=tests/training for some of them)"
 	@echo "make lint       ruff"
 	@echo "make bench      benchmarks"
+	@echo "make bench-fusion  which network makes the most of two modalities (hours; goes on where it was)"
 	@echo "make clean      remove .venv and outputs"
 
 setup: $(READY)
@@ -31,13 +33,17 @@ $(READY): pyproject.toml
 demo: $(READY)
 	$(BIN)/h2a_demo -o demo_output
 
-test test-full: export OMP_NUM_THREADS = 1
+test test-full test-matrix: export OMP_NUM_THREADS = 1
+test test-full test-matrix bench-fusion: export OMP_WAIT_POLICY = PASSIVE
 
 test: $(READY)
 	$(PYTEST) -m "not full" --durations=12
 
 test-full: $(READY)
 	$(PYTEST) --durations=12
+
+test-matrix: $(READY)
+	$(BIN)/python tests/matrix.py -n 2 $(TESTS)
 
 lint: $(READY)
 	$(BIN)/ruff check .
@@ -49,5 +55,8 @@ bench: $(READY)
 	$(BIN)/python benchmarks/selective_scan.py
 	$(BIN)/python benchmarks/conversion.py --repeats 1
 
+bench-fusion: $(READY)
+	$(BIN)/python benchmarks/fusion.py --table docs/fusion.md
+
 clean:
-	$(PYTHON) -c "import shutil; [shutil.rmtree(p, ignore_errors=True) for p in ('$(VENV)', 'demo_output', 'build', 'dist')]"
+	$(PYTHON) -c "import shutil; [shutil.rmtree(p, ignore_errors=True) for p in ('$(VENV)', '.matrix', 'demo_output', 'fusion_benchmark', 'build', 'dist')]"

@@ -16,6 +16,8 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from nnunet_h2a.widths import published_features
 from tests.networks.plans import PLANS, Plan
@@ -58,6 +60,30 @@ def test_compiles_without_graph_breaks(entry, plan):
         torch.testing.assert_close(run(compiled), run(network))
     network.eval()
     torch.testing.assert_close(run(compiled), run(network))
+
+
+class _Types(TorchDispatchMode):
+    """Notes the types of all tensors that are made."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        self.seen |= {item.dtype for item in tree_leaves(result) if isinstance(item, torch.Tensor)}
+        return result
+
+
+@every_network
+@pytest.mark.parametrize("plan", TOYS.values(), ids=TOYS)
+def test_no_tensor_is_float64(entry, plan):
+    """Apple's GPUs (``-device mps``) have none, and on others it is slow."""
+    network = entry.build(plan, deep_supervision=True)
+    with _Types() as types:
+        loss_of(network(plan.input())).backward()
+    assert torch.float32 in types.seen
+    assert not types.seen & {torch.float64, torch.complex128}
 
 
 @pytest.mark.full
