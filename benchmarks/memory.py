@@ -1,9 +1,9 @@
 """Peak memory of a training step, measured, beside what h2a_plan counts for it.
 
-On a GPU: steps under autocast, `torch.cuda.max_memory_allocated` and what the driver says is in use; the ratios of the
-first sizes of a network calibrate nnunet_h2a/planning/memory.py (OVERHEAD, CUDA_CONTEXT), the others test it. Without
-a GPU: float32 steps on the CPU, the process's peak resident memory, which has the CPU library's workspaces in it.
-Each size has a process of its own.
+On a GPU: steps under autocast, `torch.cuda.max_memory_allocated` and what the driver says is in use; the ratio of the
+first sizes of a network calibrates nnunet_h2a/planning/memory.py (OVERHEAD, CUDA_CONTEXT), the others test it. Without
+a GPU: float32 steps on the CPU and the process's peak resident memory; there the first sizes calibrate a difference:
+what the CPU's libraries take for themselves. Each size has a process of its own.
 
     python benchmarks/memory.py [--device cpu|cuda] [--networks H2ASeg ISANet CIPA stock]
 """
@@ -132,18 +132,20 @@ def main() -> None:
     print("|---|---|---|---|---|---|---|")
     for name in arguments.networks:
         for sizes in SIZES[arguments.device].values():
-            ratios: list[float] = []
+            calibrating: list[float] = []
             for patch, batch in sizes:
                 text = ["x".join(map(str, patch)), str(batch)]
                 counted = child([name, *text, "count", "--device", arguments.device])
                 found = child([name, *text, "measure", "--device", arguments.device])
-                ratio = found["peak"] / counted["tensors"]
-                if len(ratios) < CALIBRATE:
-                    ratios.append(ratio)
+                ratio, difference = found["peak"] / counted["tensors"], found["peak"] - counted["tensors"]
+                by_ratio = arguments.device == "cuda"
+                if len(calibrating) < CALIBRATE:
+                    calibrating.append(ratio if by_ratio else difference)
                     verdict = "calibrates"
                 else:
-                    predicted = counted["tensors"] * sum(ratios) / len(ratios)
-                    verdict = f"{100 * (predicted / found['peak'] - 1):+.0f} %"
+                    constant = sum(calibrating) / len(calibrating)
+                    predicted = counted["tensors"] * constant if by_ratio else counted["tensors"] + constant
+                    verdict = f"{100 * (predicted / found['peak'] - 1):+.1f} %"
                 extra = "" if arguments.device == "cpu" else f", context {found['context'] / GIB:.2f}, reserved "
                 extra += "" if arguments.device == "cpu" else f"{found['reserved'] / GIB:.2f}"
                 print(

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 import torch
 from torch import nn
 
 from nnunet_h2a.networks import CIPA, H2ASeg, ISANet
-from nnunet_h2a.planning.memory import count_step
+from nnunet_h2a.planning.memory import GIB, OPTIMISER_BYTES, StepMemory, count_step
+from tests.conftest import ROOT
 
 CASES = {
     "H2ASeg 3D": (H2ASeg, (16, 32, 32), (4, 8, 16)),
@@ -69,3 +72,35 @@ def test_half_precision_keeps_less_and_more_patches_more(cls, patch, features):
     assert half.kept - half.weights < 1.02 * patches[1]
     assert not torch.is_autocast_enabled("cuda")
     assert not torch.is_autocast_enabled("cpu")
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="peak memory is read from /proc")
+@pytest.mark.parametrize(
+    ("network", "patch", "batch"),
+    [
+        ("H2ASeg", "32x48x64", 2),
+        pytest.param("ISANet", "32x48x64", 2, marks=pytest.mark.full),
+        pytest.param("CIPA", "32x48x48", 1, marks=pytest.mark.full),
+        pytest.param("CIPA", "96x128", 3, marks=pytest.mark.full),
+        pytest.param("stock", "48x64x64", 2, marks=pytest.mark.full),
+    ],
+)
+def test_the_peak_of_real_training_steps_is_predicted(monkeypatch, network, patch, batch):
+    """The process's peak memory in float32 on the CPU, whose libraries take about 0.2 GiB for themselves."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import memory
+
+    counted, found = (memory.child([network, patch, str(batch), what]) for what in ("count", "measure"))
+    assert counted["tensors"] + 0.2 * GIB == pytest.approx(found["peak"], rel=0.15)
+
+
+def test_gpu_memory_is_more_than_the_tensors_and_grows_with_voxels():
+    step = StepMemory(parameters=10**6, weights=4 * 10**6, kept=104 * 10**6, beyond=30 * 10**6)
+    assert step.tensors == 134 * 10**6 + OPTIMISER_BYTES * 10**6
+    assert step.peak > step.tensors
+    twice = step.scaled(2)
+    assert (twice.weights, twice.kept) == (step.weights, 204 * 10**6)
+    assert twice.beyond == 4 * 10**6 + 2 * 26 * 10**6
+    # Where little is kept, the optimiser's own step is the peak: weights, gradients and as much again.
+    tiny = StepMemory(parameters=10**6, weights=4 * 10**6, kept=5 * 10**6, beyond=4 * 10**6)
+    assert tiny.tensors == (4 + 4 + 4) * 10**6 + OPTIMISER_BYTES * 10**6
