@@ -16,7 +16,7 @@ help:
 	@echo "make demo       phantom PET/CT -> nnU-Net dataset -> train, predict, ensemble, score (demo_output/)"
 	@echo "make test       the tests (15 minutes on 2 slow cores)"
 	@echo "make test-full  the tests for every feature and network"
-	@echo "make test-matrix  the tests with nnU-Net 2.8.0 and with the newest 2.x (TESTS=tests/training for some of them)"
+	@echo "make test-matrix  the tests with nnU-Net 2.8.0 and the newest 2.x (TESTS=tests/training: some)"
 	@echo "make lint       ruff"
 	@echo "make bench      benchmarks"
 	@echo "make bench-fusion  which network makes the most of two modalities (hours; goes on where it was)"

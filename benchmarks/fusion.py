@@ -11,6 +11,7 @@ networks use. A killed run goes on where it was: every finished training is a JS
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import math
 import os
@@ -59,6 +60,16 @@ SIZES = {
 }
 
 
+#: To be raised when a change to a network, a recipe or this file makes earlier results incomparable.
+VERSION = 1
+
+
+def made_with(size: Size) -> str:
+    """What results depend on besides row, inputs and seed; results of anything else are made again."""
+    cases = Path(__file__).with_name("fusion_cases.py").read_bytes()
+    return hashlib.sha256(f"{VERSION} {size}".encode() + cases).hexdigest()[:16]
+
+
 def prepare(root: Path, size: Size, inputs: str) -> tuple[Path, dict[str, Any]]:
     """Raw dataset, nnU-Net's plans and preprocessed files for one kind of input; what is there is kept.
 
@@ -71,7 +82,8 @@ def prepare(root: Path, size: Size, inputs: str) -> tuple[Path, dict[str, Any]]:
     number = 751 + INPUTS.index(inputs)
     name = f"Dataset{number}_Fusion{inputs}"
     raw, done = root / "nnUNet_raw" / name, root / "nnUNet_preprocessed" / name
-    if not (done / "ready").exists():
+    ready = done / "ready"
+    if not ready.exists() or ready.read_text() != made_with(size):
         shutil.rmtree(raw, ignore_errors=True)
         shutil.rmtree(done, ignore_errors=True)
         write_dataset(raw, size.training, size.validation, inputs)
@@ -80,7 +92,7 @@ def prepare(root: Path, size: Size, inputs: str) -> tuple[Path, dict[str, Any]]:
         extractor.run(overwrite_existing=True)
         plan_experiment_dataset(number)
         preprocess_dataset(number, "nnUNetPlans", ("3d_fullres",), (1,))
-        (done / "ready").touch()
+        ready.write_text(made_with(size))
     return done, json.loads((done / "dataset.json").read_text())
 
 
@@ -138,6 +150,8 @@ def train(root: Path, size: Size, row: str, inputs: str, seed: int, log: Path) -
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     with log.open("w") as file, redirect_stdout(file):
         folder, dataset_json = prepare(root, size, inputs)
+        # A worker process would draw its random numbers from the system.
+        os.environ["nnUNet_n_proc_DA"] = "0"
         plans = plans_for(folder, dataset_json, size, row)
         for seeded in (random.seed, np.random.seed, torch.manual_seed):
             seeded(seed)
@@ -146,6 +160,7 @@ def train(root: Path, size: Size, row: str, inputs: str, seed: int, log: Path) -
         )
         started = time.monotonic()
         trainer.run_training()
+        os.environ["nnUNet_n_proc_DA"] = "1"
         seconds = time.monotonic() - started
         trainer.perform_actual_validation()
         parameters = sum(p.numel() for p in trainer.network.parameters())
@@ -155,7 +170,10 @@ def train(root: Path, size: Size, row: str, inputs: str, seed: int, log: Path) -
         Path(c["prediction_file"]).name.split(".")[0]: c["metrics"]["1"]["Dice"] for c in summary["metric_per_case"]
     }
     shutil.rmtree(results)
-    return {"dice": scores, "seconds": seconds, "parameters": parameters, "device": device.type}
+    return {
+        "made_with": made_with(size), "dice": scores, "seconds": seconds, "parameters": parameters,
+        "device": device.type,
+    }  # fmt: skip
 
 
 def jobs(seeds: list[int], only: list[str] | None) -> Iterator[tuple[str, str, int]]:
@@ -171,6 +189,11 @@ def result_path(folder: Path, row: str, inputs: str, seed: int) -> Path:
     return folder / f"{''.join(c for c in row if c.isalnum())}_{inputs}_{seed}.json"
 
 
+def finished(path: Path, size: Size) -> bool:
+    """Whether a result is there and belongs to the benchmark as it is."""
+    return path.exists() and json.loads(path.read_text()).get("made_with") == made_with(size)
+
+
 def interval(values: list[float]) -> str:
     """Mean and 95 % confidence interval of the mean over seeds, by Student's t."""
     mean = statistics.fmean(values)
@@ -180,37 +203,33 @@ def interval(values: list[float]) -> str:
     return f"{mean:.3f} [{max(0, mean - half):.3f}, {min(1, mean + half):.3f}]"
 
 
-def table(folder: Path, size_name: str) -> str:
+def table(folder: Path, size: Size) -> str:
     """All rows in Markdown, those that are not done yet included."""
-    lines = ["| network | " + " | ".join(f"{'PET and CT' if i == 'both' else f'{i} alone'}" for i in INPUTS)
-             + " | parameters | s per step |", "|---|" + "---|" * (len(INPUTS) + 2)]  # fmt: skip
-    size = SIZES[size_name]
+    heads = ["PET and CT" if inputs == "both" else f"{inputs} alone" for inputs in INPUTS]
+    lines = [f"| network | {' | '.join(heads)} | parameters |", "|---|" + "---|" * (len(INPUTS) + 1)]
     for row in ROWS:
-        cells, seconds, parameters = [], [], 0
+        cells, parameters = [], 0
         for inputs in INPUTS:
-            found = [
-                json.loads(p.read_text())
-                for p in sorted(folder.glob(result_path(folder, row, inputs, 0).stem[:-1] + "*.json"))
-            ]
-            # nnU-Net writes NaN for a case without lesions and without prediction; every case here has lesions.
+            stem = result_path(folder, row, inputs, 0).stem.removesuffix("0")
+            paths = [path for path in sorted(folder.glob(f"{stem}[0-9]*.json")) if finished(path, size)]
+            found = [json.loads(path.read_text()) for path in paths]
             means = [statistics.fmean(item["dice"].values()) for item in found]
             cells.append(interval(means) if means else "not done")
-            seconds += [item["seconds"] / (size.epochs * size.steps_per_epoch) for item in found]
             parameters = found[0]["parameters"] if found else parameters
-        cost = f"{statistics.median(seconds):.2f}" if seconds else ""
-        lines.append(f"| {row} | {' | '.join(cells)} | {parameters or ''} | {cost} |")
+        lines.append(f"| {row} | {' | '.join(cells)} | {f'{parameters:,}' if parameters else ''} |")
     return "\n".join(lines)
 
 
-def write_table(document: Path, size_name: str, text: str) -> None:
-    """Put a table between its marks in a document."""
+def write_table(document: Path, size_name: str, text: str | None) -> None:
+    """Put a table between its marks in a document; None only looks for them."""
     begin, end = (MARK.format(size=size_name, end=word) for word in ("begin", "end"))
     content = document.read_text()
     before, _, rest = content.partition(begin)
     _, found, after = rest.partition(end)
     if not found:
         raise SystemExit(f"{document} has no lines {begin} and {end} to put the table between")
-    document.write_text(f"{before}{begin}\n{text}\n{end}{after}")
+    if text is not None:
+        document.write_text(f"{before}{begin}\n{text}\n{end}{after}")
 
 
 def main() -> None:
@@ -221,6 +240,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("fusion_benchmark"), help="folder of images [%(default)s]")
     parser.add_argument("--results", type=Path, default=Path(__file__).parent / "fusion_results", help="[%(default)s]")
     parser.add_argument("--table", type=Path, help="Markdown document to put the table into")
+    parser.add_argument("--table-only", action="store_true", help="write the table of what is done, and train nothing")
     arguments = parser.parse_args()
 
     os.environ |= {name: str((arguments.work / name).resolve()) for name in FOLDERS}
@@ -229,23 +249,31 @@ def main() -> None:
     import torch
 
     size_name = arguments.size or ("full" if torch.cuda.is_available() else "small")
+    if arguments.table:
+        # Now, and not after hours.
+        write_table(arguments.table, size_name, None)
     results = arguments.results / size_name
     results.mkdir(parents=True, exist_ok=True)
     work = arguments.work / size_name
     os.environ |= {name: str((work / name).resolve()) for name in FOLDERS}
     for name in FOLDERS:
         (work / name).mkdir(parents=True, exist_ok=True)
+    size = SIZES[size_name]
     todo = list(jobs(arguments.seeds, arguments.only))
+    if not todo:
+        parser.error(f"--only {' '.join(arguments.only)}: rows are {', '.join(ROWS)}, inputs {', '.join(INPUTS)}")
     for number, (row, inputs, seed) in enumerate(todo, 1):
         path = result_path(results, row, inputs, seed)
-        if not path.exists():
+        if not finished(path, size) and not arguments.table_only:
             print(f"{number}/{len(todo)}  {row}, {inputs}, seed {seed}", flush=True)
-            result = train(work, SIZES[size_name], row, inputs, seed, work / f"{path.stem}.log")
+            result = train(work, size, row, inputs, seed, work / f"{path.stem}.log")
             part = path.with_suffix(".part")
             part.write_text(json.dumps(result, indent=1) + "\n")
             os.replace(part, path)
             print(f"    Dice {statistics.fmean(result['dice'].values()):.3f}, {result['seconds']:.0f} s", flush=True)
-    text = table(results, size_name)
+            if arguments.table:
+                write_table(arguments.table, size_name, table(results, size))
+    text = table(results, size)
     print(text)
     if arguments.table:
         write_table(arguments.table, size_name, text)

@@ -13,6 +13,7 @@ from typing import Any
 from nnunet_h2a.command import CommandError, dataset_folder, dataset_number
 from nnunet_h2a.doctor.finding import NOTE, OK, PROBLEM, WARNING, Finding, some
 from nnunet_h2a.doctor.splits import check_splits, equal_files
+from nnunet_h2a.planning.make_plans import has_regions
 from nnunet_h2a.training.modalities import ChannelError, channel_roles
 
 GIB = 2**30
@@ -48,10 +49,15 @@ def check_dataset(dataset: str, plans: str, trainer: str) -> Iterator[Finding]:
             NOTE, f"{dataset} is not planned yet",
             f"type: nnUNetv2_plan_and_preprocess -d {dataset_number(raw)} --verify_dataset_integrity",
         )  # fmt: skip
-    if raw is not None:
-        yield from check_splits(raw, preprocessed, cases)
+    # A machine that trains often has no raw data: then the preprocessed cases are the dataset's.
+    yield from check_splits(raw, preprocessed, cases or _preprocessed_cases(preprocessed))
     if preprocessed is not None:
         yield from check_preprocessed(preprocessed, described, plans, cases)
+
+
+def _preprocessed_cases(folder: Path | None) -> list[str]:
+    """Cases of any configuration that is preprocessed."""
+    return sorted({path.stem for path in folder.glob("*/*.pkl")}) if folder is not None else []
 
 
 def _folder(variable: str, dataset: str) -> Path | None:
@@ -72,9 +78,9 @@ def read_dataset_json(raw: Path | None, preprocessed: Path | None) -> dict[str, 
     path = folder / "dataset.json"
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        for key in ("labels", "numTraining", "file_ending"):
-            content[key]
-        content["channel_names"]
+        for key, kind in (("labels", dict), ("numTraining", int), ("file_ending", str), ("channel_names", dict)):
+            if not isinstance(content[key], kind):
+                raise TypeError(f"{key} is {content[key]!r}")
     except FileNotFoundError:
         return Finding(PROBLEM, f"{path} does not exist", "run the conversion again")
     except (ValueError, KeyError, TypeError) as error:
@@ -83,9 +89,9 @@ def read_dataset_json(raw: Path | None, preprocessed: Path | None) -> dict[str, 
     if copy is not None and copy.is_file():
         try:
             other = json.loads(copy.read_text(encoding="utf-8"))
-        except ValueError:
+            changed = [key for key in _COPIED if content.get(key) != other.get(key)]
+        except (ValueError, AttributeError):
             return Finding(PROBLEM, f"{copy} is damaged", "run nnU-Net's planning again")
-        changed = [k for k in ("channel_names", "labels", "h2a_modalities") if content.get(k) != other.get(k)]
         if changed:
             return Finding(
                 PROBLEM, f"{copy} and the raw dataset differ in {some(changed)}, and nnU-Net trains by the former",
@@ -94,13 +100,22 @@ def read_dataset_json(raw: Path | None, preprocessed: Path | None) -> dict[str, 
     return content
 
 
+#: What training and prediction take from nnU-Net's copy of dataset.json.
+_COPIED = ("channel_names", "labels", "regions_class_order", "file_ending", "h2a_modalities")
+
+
 def check_channels(dataset_json: Mapping[str, Any], trainer: str) -> Iterator[Finding]:
     """Which channel is what, and how nnU-Net will normalise PET."""
-    alone = next((kind for kind in ("PET", "CT") if f"ISANet{kind}" in trainer), None)
+    if has_regions(dataset_json) and "regions_class_order" not in dataset_json:
+        yield Finding(PROBLEM, "dataset.json has regions and no regions_class_order", "add it, nnU-Net needs it")
+    modalities = _modalities_of(trainer)
     try:
-        ct, pet = channel_roles(dataset_json, alone.lower() if alone else "both")
+        ct, pet = channel_roles(dataset_json, modalities or "both")
     except ChannelError as error:
-        yield Finding(PROBLEM, str(error))
+        if modalities is None:
+            yield Finding(NOTE, f"not a dataset for our networks: {error}")
+        else:
+            yield Finding(PROBLEM, str(error))
         return
     names = dataset_json["channel_names"]
     roles = ", ".join(
@@ -114,6 +129,16 @@ def check_channels(dataset_json: Mapping[str, Any], trainer: str) -> Iterator[Fi
             NOTE, "PET is z-scored per image, so that the network does not see absolute SUV",
             "other normalisations: the converters' --pet-normalization",
         )  # fmt: skip
+
+
+def _modalities_of(trainer: str) -> str | None:
+    """What a trainer needs: ``"both"``, ``"pet"`` or ``"ct"``; None where it is not of this package."""
+    from nnunet_h2a.trainers import TRAINERS
+
+    found = TRAINERS.get(trainer)
+    if found is None or not hasattr(found, "network_options"):
+        return None
+    return found.network_options.get("modalities", "both")
 
 
 def check_cases(raw: Path, dataset_json: Mapping[str, Any]) -> Iterator[Finding]:
@@ -217,7 +242,8 @@ def check_preprocessed(
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         configurations = content["configurations"]
-    except (ValueError, KeyError, TypeError) as error:
+        configurations.items()
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         yield Finding(
             PROBLEM, f"{path} is damaged ({type(error).__name__}: {error})", "run h2a_plan or nnU-Net's planning again"
         )
@@ -287,7 +313,11 @@ def _files(folder: Path, key: str, plans: str, number: int, cases: Sequence[str]
         return Finding(NOTE, f"{key} is not preprocessed yet (up to {needed:.1f} GiB; {free:.1f} free)", command)
     there = {p.name.removesuffix(".pkl") for p in folder.glob("*.pkl")}
     images = {p.name.removesuffix(ending) for ending in (".b2nd", ".npz") for p in folder.glob(f"*{ending}")}
-    half = sorted((there ^ images) - {name for name in images if name.endswith("_seg") and name[:-4] in there})
+    labels = {name.removesuffix("_seg") for name in images if name.endswith("_seg") and name[:-4] in there}
+    images -= {f"{name}_seg" for name in labels}
+    # An .npz holds image and label; a .b2nd has its label beside it.
+    alone = {p.stem for p in folder.glob("*.npz")}
+    half = sorted((there ^ images) | (images - labels - alone))
     missing = sorted(set(cases) - there)
     if missing or half:
         return Finding(PROBLEM, f"{folder}: incomplete ({some(missing or half)})", command)

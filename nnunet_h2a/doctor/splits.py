@@ -18,24 +18,26 @@ SPLITS = "splits_final.json"
 
 #: Case names that say whose they are: autoPET's own, and those of our converters.
 PATIENT_IN_NAME = (
-    re.compile(r"^((?:fdg|psma|PETCT)_[0-9a-zA-Z]+)_\d{2,4}-\d{2}-\d{2,4}.*$"),
+    re.compile(r"^((?:fdg|psma|PETCT)_[0-9a-zA-Z]+)_(?:\d{2,4}-\d{2}-\d{2,4}|\d{8}).*$"),
     re.compile(r"^([A-Z]+-\d{3})(?:_\d+)?$"),
 )
 
 
-def patients_of(raw: Path, cases: Sequence[str]) -> tuple[dict[str, str], str]:
-    """Whose each case is, and how that is known ('' where it is not).
+def patients_of(raw: Path | None, cases: Sequence[str]) -> tuple[dict[str, str], str]:
+    """Whose each case is, and how that is known ('' unless it is known of all).
 
     Args:
-        raw: the dataset's folder below ``$nnUNet_raw``.
+        raw: the dataset's folder below ``$nnUNet_raw``, None where it is elsewhere.
         cases: identifiers.
     """
-    try:
-        report = json.loads((raw / REPORT).read_text(encoding="utf-8"))["cases"]
-        known = {name: report[name]["patient"] for name in cases if "patient" in report.get(name, {})}
-    except (OSError, ValueError, KeyError, TypeError):
-        known = {}
-    if known:
+    known: dict[str, str] = {}
+    if raw is not None:
+        try:
+            report = json.loads((raw / REPORT).read_text(encoding="utf-8"))["cases"]
+            known = {name: report[name]["patient"] for name in cases if "patient" in report.get(name, {})}
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            known = {}
+    if cases and len(known) == len(cases):
         return known, f"patients by {REPORT}"
     for form in PATIENT_IN_NAME:
         found = {case: match.group(1) for case in cases if (match := form.match(case))}
@@ -44,23 +46,25 @@ def patients_of(raw: Path, cases: Sequence[str]) -> tuple[dict[str, str], str]:
     return {}, ""
 
 
-def check_splits(raw: Path, preprocessed: Path | None, cases: Sequence[str]) -> Iterator[Finding]:
+def check_splits(raw: Path | None, preprocessed: Path | None, cases: Sequence[str]) -> Iterator[Finding]:
     """Folds of a dataset.
 
     Args:
-        raw: the dataset's folder below ``$nnUNet_raw``.
+        raw: the dataset's folder below ``$nnUNet_raw``, None where it is elsewhere.
         preprocessed: below ``$nnUNet_preprocessed``, None where there is none.
         cases: identifiers of the training cases.
     """
     patients, how = patients_of(raw, cases)
     path = next((f / SPLITS for f in (preprocessed, raw) if f is not None and (f / SPLITS).is_file()), None)
     if path is None:
-        yield from _without_folds(raw, cases, patients)
+        yield from _without_folds(raw or preprocessed, patients)
         return
     try:
         folds = [
             {side: [str(c) for c in fold[side]] for side in ("train", "val")} for fold in json.loads(path.read_text())
         ]
+        if not folds:
+            raise ValueError("no folds")
     except (OSError, ValueError, KeyError, TypeError) as error:
         yield Finding(
             PROBLEM, f"{path} is no list of folds with train and val ({type(error).__name__})",
@@ -68,11 +72,12 @@ def check_splits(raw: Path, preprocessed: Path | None, cases: Sequence[str]) -> 
         )  # fmt: skip
         return
     yield from _complete(path, folds, cases)
-    yield from _same_as_raw(path, raw)
+    if raw is not None:
+        yield from _same_as_raw(path, raw)
     yield from _leaks(path, folds, patients, how)
 
 
-def _without_folds(raw: Path, cases: Sequence[str], patients: Mapping[str, str]) -> Iterator[Finding]:
+def _without_folds(raw: Path, patients: Mapping[str, str]) -> Iterator[Finding]:
     several = sorted(p for p, n in Counter(patients.values()).items() if n > 1)
     if several:
         yield Finding(

@@ -7,8 +7,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from nnunet_h2a.command import CommandError
-from nnunet_h2a.planning.make_plans import MIN_FEATURE_MAP_EDGE, make_plans
-from nnunet_h2a.planning.sizing import DoesNotFit, Size, choose_size, network_memory, patches
+from nnunet_h2a.patch_sizes import patches
+from nnunet_h2a.planning.make_plans import MIN_FEATURE_MAP_EDGE, has_regions, make_plans
+from nnunet_h2a.planning.sizing import DoesNotFit, Size, choose_size, network_memory
 
 
 def fit_plans(
@@ -44,11 +45,17 @@ def fit_plans(
     from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
     manager = PlansManager(plans)
+    if has_regions(dataset_json) and "regions_class_order" not in dataset_json:
+        raise CommandError("dataset.json has regions and no regions_class_order, which nnU-Net needs: add it")
     heads = manager.get_label_manager(dataset_json).num_segmentation_heads
     sizes = {}
     for key, configuration in plans["configurations"].items():
         if "architecture" not in configuration:
             continue
+        lacking = [name for name in ("spacing", "median_image_size_in_voxels") if name not in configuration]
+        if lacking:
+            raise CommandError(f"{key}: the plans do not say {', '.join(lacking)}: start from plans of nnU-Net (-p)")
+        _drop_own_sizes(plans["configurations"], key, say)
         # A cascade's second stage inherits the plan and has more channels.
         users = [key, *(k for k, v in plans["configurations"].items() if v.get("inherits_from") == key)]
         channels = max(determine_num_input_channels(manager, manager.get_configuration(k), dataset_json) for k in users)
@@ -70,7 +77,11 @@ def fit_plans(
         else:
             candidates = _candidates(configuration, options.get("n_stages"))
         if not candidates:
-            raise CommandError(f"{key}: no patch has --n-stages {options['n_stages']} stages; ask for fewer")
+            stages = options.get("n_stages") or 3
+            cure = "ask for fewer --n-stages or --features" if stages > 3 else "they are too small for this network"
+            raise CommandError(
+                f"{key}: no patch within the median image of {_shape(configuration)} voxels has {stages} stages; {cure}"
+            )
         try:
             chosen = choose_size(
                 candidates, _dataset_voxels(base, key, dataset_json), gpu_memory, count, batch_size,
@@ -84,6 +95,19 @@ def fit_plans(
         configuration.update({name: made[name] for name in ("patch_size", "batch_size", "architecture")})
         sizes[key] = chosen
     return sizes
+
+
+def _shape(configuration: dict[str, Any]) -> str:
+    return " x ".join(f"{n:g}" for n in configuration["median_image_size_in_voxels"])
+
+
+def _drop_own_sizes(configurations: dict[str, Any], key: str, say: Callable[[str], None]) -> None:
+    """What inherits from a configuration takes its patch and batch: sizes of its own would not fit."""
+    for name, configuration in configurations.items():
+        if configuration.get("inherits_from") == key:
+            own = [size for size in ("patch_size", "batch_size") if size in configuration]
+            for size in own:
+                say(f"  {name}: its own {size.replace('_', ' ')} {configuration.pop(size)} gives way to that of {key}")
 
 
 def _candidates(configuration: dict[str, Any], n_stages: int | None) -> list[list[int]]:
@@ -107,4 +131,4 @@ def _dataset_voxels(base: dict[str, Any], key: str, dataset_json: dict[str, Any]
         shapes = [
             v["median_image_size_in_voxels"] for v in configurations.values() if "median_image_size_in_voxels" in v
         ]
-    return max(math.prod(shape) for shape in shapes) * dataset_json["numTraining"]
+    return max(math.prod(shape) for shape in shapes) * dataset_json.get("numTraining", 10**9)

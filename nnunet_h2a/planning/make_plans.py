@@ -71,6 +71,9 @@ def make_plans(
         if batch_size is not None and "batch_size" in configuration:
             configuration["batch_size"] = batch_size
         if "architecture" not in configuration:
+            if patch_size is not None:
+                # It takes the patch of what it inherits from, for which the network is built.
+                configuration.pop("patch_size", None)
             continue
         old = configuration["architecture"]["arch_kwargs"]
         geometry = _geometry(key, configuration, old, patch_size, n_stages)
@@ -86,6 +89,8 @@ def make_plans(
             )
         if network == STOCK:
             old.update(geometry)
+            if "patch_size" in old:
+                old["patch_size"] = list(configuration["patch_size"])
             old["features_per_stage"] = list(features or _resize(old["features_per_stage"], stages))
             for setting, length in _PER_STAGE.items():
                 if isinstance(old.get(setting), list):
@@ -176,6 +181,11 @@ def _geometry(
     }
 
 
+def has_regions(dataset_json: dict[str, Any]) -> bool:
+    """Whether a class of a dataset is made of several labels, as nnU-Net tells it."""
+    return any(isinstance(label, list | tuple) and len(label) > 1 for label in dataset_json["labels"].values())
+
+
 def _architecture(
     network: str,
     geometry: dict[str, Any],
@@ -200,9 +210,7 @@ def _architecture(
             "patch_size": list(patch_size),
             "ct_channel": ct_channel,
             "pet_channel": pet_channel,
-            "region_based": any(
-                isinstance(label, list | tuple) and len(label) > 1 for label in dataset_json["labels"].values()
-            ),
+            "region_based": has_regions(dataset_json),
             **options,
         },
         "_kw_requires_import": ["conv_op"],

@@ -102,9 +102,12 @@ def _plan(arguments: argparse.Namespace) -> int:
     alone = "" if arguments.modalities == "both" else arguments.modalities.upper()
     name = arguments.plans_name or f"nnUNet{arguments.network}{alone}Plans"
     if "__" in name or not name.isidentifier():
-        raise CommandError(f"--plans-name {name}: use letters, digits and single underscores")
+        raise CommandError(f"--plans-name {name}: use letters, digits and single underscores, a letter first")
     if name == arguments.plans:
         raise CommandError(f"--plans-name {name} would overwrite the plans it starts from: choose another name")
+    target = folder / f"{name}.json"
+    if target.exists() and '"configurations"' not in target.read_text(errors="replace"):
+        raise CommandError(f"--plans-name {name}: {target} is there and holds no plans; choose another name")
     memory = arguments.gpu_memory or PRESETS.get(arguments.preset)
     sizes: dict[str, Size] = {}
     options = {key: getattr(arguments, key) for key in ("network", "n_stages", "features", "modalities")}
@@ -127,7 +130,6 @@ def _plan(arguments: argparse.Namespace) -> int:
             sizes = fit_plans(plans, base, dataset_json, memory, **given, **options)
     except ChannelError as error:
         raise CommandError(f"{folder}: {error}") from error
-    target = folder / f"{name}.json"
     if target.exists():
         print(f"replacing {target}, which was there (-o gives another name)")
     temporary = target.with_suffix(".json.part")
@@ -143,7 +145,12 @@ def _report(
     print(f"wrote {target}")
     for key, configuration in plans["configurations"].items():
         if "architecture" not in configuration:
-            print(f"  {key}: as {configuration['inherits_from']}")
+            own = "".join(
+                f", {size.replace('_', ' ')} {configuration[size]}"
+                for size in ("patch_size", "batch_size")
+                if size in configuration
+            )
+            print(f"  {key}: as {configuration['inherits_from']}{own}")
             continue
         kwargs = configuration["architecture"]["arch_kwargs"]
         stages = f"{kwargs['n_stages']} stages of {kwargs['features_per_stage']} channels, strides {kwargs['strides']}"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -19,9 +19,6 @@ USABLE = 0.9
 #: nnU-Net's rules: at least two patches per step, and no more than 5 % of the dataset's voxels in one.
 MIN_BATCH = 2
 MOST_OF_DATASET = 0.05
-
-#: nnU-Net's first patch, before it is cut to the images: this many voxels, shaped by the spacing.
-FIRST_PATCH = {2: 2048**2, 3: 256**3}
 
 #: A plan whose network has been counted; a ValueError says why there is no network for such a size.
 Count = Callable[[Sequence[int], int], "StepMemory"]
@@ -46,41 +43,6 @@ class Size:
 
 class DoesNotFit(ValueError):
     """No size of the network fits the memory; the message says what the smallest one takes."""
-
-
-def patches(spacing: Sequence[float], median_shape: Sequence[float], min_edge: int) -> Iterator[list[int]]:
-    """Patches that nnU-Net's planner would try, largest first, down to the last with three stages.
-
-    Isensee et al., Nature Methods 18 (2021), supplementary note 2: the first has the aspect ratio of the spacing and at
-    most the median shape; then the axis is cut that is largest relative to the median shape, by as little as the
-    number of poolings allows.
-
-    Args:
-        spacing: mm per axis.
-        median_shape: voxels of the median image per axis.
-        min_edge: smallest edge of the deepest map.
-    """
-    # No torch behind this import: the planner's topology is arithmetic on lists.
-    from nnunetv2.experiment_planning.experiment_planners.network_topology import get_pool_and_conv_props
-
-    def topology(patch: Sequence[int]) -> tuple[int, list[int], list[int]]:
-        _, strides, _, padded, divisor = get_pool_and_conv_props(spacing, patch, min_edge, 999999)
-        return len(strides), [int(n) for n in padded], [int(n) for n in divisor]
-
-    density = [1 / s for s in spacing]
-    scale = (FIRST_PATCH[len(spacing)] / math.prod(density)) ** (1 / len(spacing))
-    stages, patch, divisor = topology(
-        [max(1, int(min(round(d * scale), m))) for d, m in zip(density, median_shape, strict=True)]
-    )
-    while stages >= 3:
-        yield patch
-        axis = max(range(len(patch)), key=lambda i: (patch[i] / median_shape[i], i))
-        cut = [n - divisor[i] * (i == axis) for i, n in enumerate(patch)]
-        if min(cut) < 1:
-            return
-        # A smaller patch may be pooled less often, and then less can be taken away.
-        divisor = topology(cut)[2]
-        stages, patch, divisor = topology([n - divisor[i] * (i == axis) for i, n in enumerate(patch)])
 
 
 def choose_size(
@@ -141,9 +103,13 @@ def choose_size(
             index = high - 1
     if high == len(candidates):
         smallest = len(candidates) - 1
+        given = ["a smaller --patch-size"] * (len(candidates) == 1) + ["a smaller --batch-size"] * bool(
+            batch_size is not None and batch_size > 1
+        )
+        cures = ", ".join([*given, "fewer --features", "another network"])
         raise DoesNotFit(
             f"{_line(candidates[smallest], least, counted[smallest])}, and {gpu_memory:g} GiB leave "
-            f"{usable / GIB:.1f}: take a GPU with more memory, fewer --features, or another network"
+            f"{usable / GIB:.1f}: take a GPU with more memory, {cures}"
         )
     patch, memory = list(candidates[high]), counted[high]
     if batch_size is not None:

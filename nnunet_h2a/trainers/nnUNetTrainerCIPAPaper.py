@@ -30,8 +30,8 @@ class nnUNetTrainerCIPAPaper(PaperTrainer, nnUNetTrainerCIPA):
     Otherwise: parameters that the code leaves out of its optimiser by mistake are trained. The paper says flips and
     the code flips horizontally only, with shift, scale and aspect changed by up to 10 %; here nnU-Net mirrors along
     both axes with 0.5 each. Two softmax heads with cross-entropy are the BCE of one sigmoid. Inputs are normalised by
-    the plan; the paper scales 8-bit values to [-1.6, 1.6]. BatchNorm is not synchronised over GPUs. With a 3D plan the
-    crops are boxes. What all paper trainers share is in :class:`PaperTrainer`.
+    the plan; the paper scales 8-bit values to [-1.6, 1.6]. With a 3D plan the crops are boxes. What all paper trainers
+    share is in :class:`PaperTrainer`.
     """
 
     recipe = OptimizerRecipe("AdamW", learning_rate=6e-5, weight_decay=1e-2, schedule=Cosine(1e-6))

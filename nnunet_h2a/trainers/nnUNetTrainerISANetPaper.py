@@ -25,8 +25,8 @@ class nnUNetTrainerISANetPaper(PaperTrainer, nnUNetTrainerISANet):
 
     Otherwise than in the paper: the learning rate, "decayed by 1e-6 after every 25 epochs and then reinitialised",
     falls by half a cosine to 1e-6 and begins again every 25 epochs, as in the public HECKTOR 2020 code it builds on.
-    Rotation is about each axis with a probability of 1/3 (the paper does not say about which); mirroring is nnU-Net's,
-    along each axis with 0.5. Mixup's partner is the patch of the step before, and one map per class is mixed. Values
+    Rotation is about all three axes at once (the paper does not say about which); mirroring is nnU-Net's, along each
+    axis with 0.5. Mixup's partner is the patch of the step before, and one map per class is mixed. Values
     are normalised by the plan: the paper clips CT to [-1024, 1024] and divides by 1024, PET is z-scored per image
     (nnU-Net's for a channel named PET). The paper keeps the model that is best on the test fold; here the last counts.
     The heads below full resolution are not trained. What all paper trainers share is in :class:`PaperTrainer`.
@@ -66,4 +66,4 @@ class nnUNetTrainerISANetPaper(PaperTrainer, nnUNetTrainerISANet):
     def get_training_transforms(cls, *args: Any, **kwargs: Any) -> ComposeTransforms:
         """nnU-Net's transforms with rotation and mirroring alone."""
         transforms = without(super().get_training_transforms(*args, **kwargs), INTENSITY)
-        return with_spatial(transforms, p_rotation=0.5, p_rot_per_axis=1 / 3, p_scaling=0.0)
+        return with_spatial(transforms, p_rotation=0.5, p_rot_per_axis=1.0, p_scaling=0.0)

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from nnunetv2.experiment_planning.experiment_planners.network_topology import get_pool_and_conv_props
 from torch import nn
+
+from nnunet_h2a.patch_sizes import patches
+from nnunet_h2a.widths import FIXED_STAGES, published_features
 
 
 class TrainingStopped(SystemExit):
@@ -19,7 +24,7 @@ class NonFiniteLoss(ArithmeticError):
 
 
 def stop_at_non_finite(loss: nn.Module) -> None:
-    """Make a loss raise :class:`NonFiniteLoss` in training, where weights would take the NaN over."""
+    """Make a loss raise :class:`NonFiniteLoss` in training, before a gradient is computed from it."""
 
     def check(module: nn.Module, inputs: tuple, output: torch.Tensor) -> None:
         if output.requires_grad and not torch.isfinite(output.detach()).all():
@@ -65,12 +70,18 @@ def first_non_finite(network: nn.Module, data: torch.Tensor) -> str:
 
     # Inner modules end before those around them, so that the first one heard of is the innermost.
     hooks = [module.register_forward_hook(look(name)) for name, module in network.named_modules() if name]
+    # The other processes of a distributed training are not in this forward pass, and synchronised norms would wait.
+    waiting = [m for m in network.modules() if isinstance(m, nn.SyncBatchNorm) and m.training]
     try:
+        for module in waiting:
+            module.training = False
         with torch.no_grad():
             network(data)
     finally:
         for hook in hooks:
             hook.remove()
+        for module in waiting:
+            module.training = True
     if found:
         return f"the first layer whose output is not finite is {found[0]}"
     return "all layers' outputs are finite, the loss itself is not"
@@ -103,25 +114,71 @@ def non_finite_message(loss: str, where: str, what: str, cases: Sequence[str], f
     )
 
 
-def out_of_memory_message(network: str, dataset: str, configuration: Mapping[str, Any], name: str) -> str:
+def smaller_size(configuration: Mapping[str, Any], fixed_batch: bool) -> tuple[list[int], int]:
+    """Return a patch and a batch of at most half the voxels per step.
+
+    The batch is halved while it is more than 2, as nnU-Net's planner has it; then comes the largest of the planner's
+    patches with half the voxels, which keeps the patch's shape to that of the images.
+
+    Args:
+        configuration: of the plan.
+        fixed_batch: whether the trainer has a batch of its own.
+    """
+    patch, batch = [int(n) for n in configuration["patch_size"]], int(configuration["batch_size"])
+    if batch > 2 and not fixed_batch:
+        return patch, batch // 2
+    half = math.prod(patch) / 2
+    tried = patches(configuration["spacing"], configuration["median_image_size_in_voxels"], 4)
+    for candidate in tried:
+        if math.prod(candidate) <= half and all(n <= old for n, old in zip(candidate, patch, strict=True)):
+            return candidate, batch
+    longest = max(range(len(patch)), key=patch.__getitem__)
+    return [n // 2 if axis == longest else n for axis, n in enumerate(patch)], batch
+
+
+def out_of_memory_message(
+    network: nn.Module, dataset: str, plans: str, configuration: Mapping[str, Any], name: str, fixed_batch: bool
+) -> str:
     """Return the lines for a GPU without enough memory, with the command for a plan of half the size.
 
     Args:
-        network: name of the network's class.
+        network: not compiled, and not wrapped for several GPUs.
         dataset: name of the dataset.
-        configuration: the plan's, with ``patch_size`` and ``batch_size``.
+        plans: name of the plans.
+        configuration: the plan's, with patch, batch, spacing and median shape.
         name: of the configuration.
+        fixed_batch: whether the trainer takes a batch of its own, whatever the plan says.
     """
-    patch, batch = list(configuration["patch_size"]), int(configuration["batch_size"])
-    if batch > 2:
-        smaller = f"--batch-size {batch // 2}"
-    else:
-        longest = max(range(len(patch)), key=patch.__getitem__)
-        smaller = "--patch-size " + " ".join(str(n // 2 if i == longest else n) for i, n in enumerate(patch))
-    number = dataset.removeprefix("Dataset").partition("_")[0]
+    kind, number = type(network).__name__, dataset.removeprefix("Dataset").partition("_")[0]
+    architecture = configuration["architecture"]
+    ours = architecture["network_class_name"].endswith(f".{kind}")
+    patch, batch = smaller_size(configuration, fixed_batch)
+    words = ["h2a_plan", "-d", number, "-c", name, "--network", kind, "-p", plans]
+    if getattr(network, "modalities", "both") != "both":
+        words += ["--modalities", network.modalities]
+    words += ["--patch-size", *map(str, patch), "--batch-size", str(batch)]
+    if ours:
+        words += _widths(kind, architecture["arch_kwargs"], configuration["spacing"], patch)
+    base = plans if ours else f"nnUNet{kind}Plans"
+    smaller = f"{base.removesuffix('Plans')}SmallerPlans"
+    shown = " x ".join(str(n) for n in configuration["patch_size"])
+    whose = " (the trainer's own, whatever the plan says)" if fixed_batch else ""
     return (
-        f"training stopped: the GPU has not enough memory for {network} with patch "
-        f"{' x '.join(str(n) for n in patch)} and batch {batch}\n"
-        f"  a smaller plan: h2a_plan -d {number} -c {name} --network {network} {smaller}\n"
-        "  then train with -p and the plans that it names"
+        f"training stopped: the GPU has not enough memory for {kind} with patch {shown} and batch "
+        f"{configuration['batch_size']}{whose}\n"
+        f"  a plan of half the size: {' '.join([*words, '-o', smaller])}\n"
+        f"  then train with -p {smaller}"
     )
+
+
+def _widths(kind: str, arch_kwargs: Mapping[str, Any], spacing: Sequence[float], patch: Sequence[int]) -> list[str]:
+    """Return h2a_plan's arguments for the channels of a plan of ours where they are not the published ones."""
+    if kind in FIXED_STAGES:
+        widths = arch_kwargs.get("widths")
+        return [] if widths is None else ["--features", *map(str, widths)]
+    # A smaller patch may allow fewer stages.
+    allowed = len(get_pool_and_conv_props(spacing, patch, 4, 999999)[1])
+    widths = list(arch_kwargs["features_per_stage"])[:allowed]
+    if widths == published_features(kind, allowed):
+        return []
+    return ["--n-stages", str(len(widths)), "--features", *map(str, widths)]

@@ -50,6 +50,8 @@ class FusionTrainer(nnUNetTrainer):
     deep_supervision: ClassVar[bool] = True
     #: Whether the network predicts at its deepest level too. nnU-Net's own supervises all levels but that.
     supervise_deepest: ClassVar[bool] = True
+    #: Whether the trainer takes a batch size of its own, whatever the plan says.
+    fixed_batch_size: ClassVar[bool] = False
     #: Number of epochs where it is not nnU-Net's 1000.
     epochs: ClassVar[int | None] = None
 
@@ -149,8 +151,8 @@ class FusionTrainer(nnUNetTrainer):
         except torch.OutOfMemoryError as error:
             self._stop(
                 out_of_memory_message(
-                    type(self.plain_network).__name__, self.plans_manager.dataset_name,
-                    self.configuration_manager.configuration, self.configuration_name,
+                    self.plain_network, self.plans_manager.dataset_name, self.plans_manager.plans_name,
+                    self.configuration_manager.configuration, self.configuration_name, self.fixed_batch_size,
                 ),
                 error,
             )  # fmt: skip

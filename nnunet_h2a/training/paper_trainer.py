@@ -20,18 +20,20 @@ class PaperTrainer(FusionTrainer):
     - spacing, patch and normalisation are the plan's (``h2a_plan --patch-size``, ``--pet-normalization`` of the
       converters);
     - a training patch is drawn from a random training case, and a third of a batch's patches from around foreground
-      (one of two; none with a batch of one), where a paper takes the volume, a box or a slice;
+      (one of two; with a batch of one, every third batch, by chance), where a paper takes the volume, a box or a slice;
     - gradients are clipped to a norm of 12, and on a GPU training is in mixed precision;
     - the checkpoint that counts is the last one (``checkpoint_best.pth`` is there too), and what it is measured on was
       not seen in training; folds are nnU-Net's unless splits_final.json says otherwise.
 
-    An epoch is one patch of every training case (every training slice with a 2D plan): so many epochs mean what they
-    mean in a paper. Set :attr:`epoch_is_a_pass` to False for nnU-Net's 250 steps.
+    An epoch is as many patches as there are training cases (training slices with a 2D plan), so that a number of
+    epochs means what it means in a paper; but each is of a case drawn at random. Set :attr:`epoch_is_a_pass` to False
+    for nnU-Net's 250 steps.
     """
 
     #: Number of patches in a step.
     paper_batch_size: ClassVar[int]
-    #: Whether an epoch has as many steps as it takes to see every training case once.
+    fixed_batch_size = True
+    #: Whether an epoch has as many steps as it takes to see as many patches as there are training cases.
     epoch_is_a_pass: ClassVar[bool] = True
     #: Probability and share of mixup, None for none.
     mixup: ClassVar[tuple[float, float] | None] = None
@@ -42,6 +44,8 @@ class PaperTrainer(FusionTrainer):
 
     def _set_batch_size_and_oversample(self) -> None:
         self.configuration_manager.configuration["batch_size"] = self.paper_batch_size
+        # nnU-Net rounds a third of one patch down to none.
+        self.probabilistic_oversampling = self.paper_batch_size == 1
         super()._set_batch_size_and_oversample()
 
     def initialize(self) -> None:

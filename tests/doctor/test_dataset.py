@@ -112,11 +112,20 @@ def test_preprocessed_alone(folders):
     shutil.rmtree(folders[0])
     assert check(PROBLEM) == []
     assert any("4 cases preprocessed" in line for line in check(OK))
+    # Folds are looked at all the same, and leaks by name.
+    (folders[1] / "splits_final.json").write_text(json.dumps([{"train": CASES, "val": ["case_3"]}]))
+    assert any("fold 0 trains and validates on case_3" in line for line in check(PROBLEM))
 
 
 @pytest.mark.parametrize(
     ("content", "text"),
-    [(None, "does not exist; run the conversion"), ("{", "is damaged"), ("{}", "is damaged"), ("[]", "is damaged")],
+    [
+        (None, "does not exist; run the conversion"),
+        ("{", "is damaged"),
+        ("{}", "is damaged"),
+        ("[]", "is damaged"),
+        ('{"labels": {}, "numTraining": "4", "file_ending": ".nii.gz", "channel_names": {}}', "numTraining is '4'"),
+    ],
 )
 def test_description(folders, content, text):
     path = folders[0] / "dataset.json"
@@ -133,6 +142,22 @@ def test_description_that_has_changed_since_planning(folders):
     )
 
 
+def test_a_damaged_copy_of_the_description(folders):
+    (folders[1] / "dataset.json").write_text("[]")
+    (line,) = check()
+    assert "is damaged" in line
+
+
+def test_regions(folders):
+    regions = {"background": 0, "whole": [1, 2], "core": 2}
+    for folder in folders:
+        edit(folder / "dataset.json", labels=regions)
+    assert any("has regions and no regions_class_order" in line for line in check(PROBLEM))
+    edit(folders[0] / "dataset.json", regions_class_order=[1, 2])
+    edit(folders[1] / "dataset.json", regions_class_order=[2, 1])
+    assert any("differ in regions_class_order" in line for line in check(PROBLEM))
+
+
 def test_channels(folders):
     for folder in folders:
         edit(folder / "dataset.json", channel_names={"0": "CT", "1": "MR"}, h2a_modalities=["CT", "MR"])
@@ -141,6 +166,11 @@ def test_channels(folders):
         edit(folder / "dataset.json", channel_names={"0": "PET"}, h2a_modalities=["PET"])
     assert not [line for line in check(PROBLEM, trainer="nnUNetTrainerISANetPET") if "h2a_modalities" in line]
     assert [line for line in check(PROBLEM) if "nnUNetTrainerISANetPET" in line]
+    # With a suffix it is ISANet with PET/CT augmentation.
+    assert [line for line in check(PROBLEM, trainer="nnUNetTrainerISANetPETCT") if "needs CT and PET" in line]
+    # A trainer that is not ours may take any channels.
+    assert not [line for line in check(PROBLEM, trainer="nnUNetTrainer") if "CT and PET" in line]
+    assert [line for line in check(NOTE, trainer="nnUNetTrainer") if "not a dataset for our networks" in line]
 
 
 def test_plans_of_another_channel_order(folders):
@@ -193,10 +223,26 @@ def test_a_patient_on_both_sides(folders):
     )
 
 
-def test_patients_by_autopets_names(folders):
+def test_a_report_that_does_not_know_all_cases(folders):
+    report = {case: {"patient": "A"} for case in CASES[:1]}
+    (folders[0] / "conversion_report.json").write_text(json.dumps({"cases": report}))
+    assert any("whose cases these are is not known" in line for line in check(NOTE))
+    assert not [line for line in check(OK) if "none on both sides" in line]
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("fdg_0b57b247b6_05-02-2002-NA", "fdg_0b57b247b6_06-02-2003-NA", "psma_95b833d65be26d2f_2018-04-23",
+         "fdg_c2ddb8c2f3_2004-01-01"),
+        ("fdg_0b57b247b6_20010713", "fdg_0b57b247b6_20020713", "psma_95b833d65be26d2f_20180423",
+         "fdg_c2ddb8c2f3_20040101"),
+    ],
+    ids=["autoPET's", "our converters'"],
+)  # fmt: skip
+def test_patients_by_autopets_names(folders, names):
     raw, _ = folders
-    names = {"case_0": "fdg_0b57b247b6_05-02-2002-NA", "case_1": "fdg_0b57b247b6_06-02-2003-NA",
-             "case_2": "psma_95b833d65be26d2f_2018-04-23", "case_3": "fdg_c2ddb8c2f3_2004-01-01"}  # fmt: skip
+    names = dict(zip(CASES, names, strict=True))
     (raw / "conversion_report.json").unlink()
     for path in [*raw.glob("imagesTr/*"), *raw.glob("labelsTr/*")]:
         path.rename(path.with_name(path.name.replace(path.name[:6], names[path.name[:6]])))
@@ -209,6 +255,7 @@ def test_patients_by_autopets_names(folders):
     ("splits", "level", "text"),
     [
         ("[{", PROBLEM, "is no list of folds"),
+        ("{}", PROBLEM, "is no list of folds"),
         ([{"train": CASES}], PROBLEM, "is no list of folds"),
         ([{"train": CASES, "val": ["case_3"]}], PROBLEM, "fold 0 trains and validates on case_3"),
         ([{"train": CASES, "val": CASES}], NOTE, "validates on what it trains on"),
@@ -258,6 +305,9 @@ def test_preprocessed_files(folders, monkeypatch):
     command = "type: nnUNetv2_preprocess -d 741 -c 3d_fullres -plans_name nnUNetPlans"
     assert any(f"incomplete (case_0); {command}" in line for line in check(PROBLEM))
     (data / "case_0.b2nd").touch()
+    (data / "case_1_seg.b2nd").unlink()
+    assert any(f"incomplete (case_1); {command}" in line for line in check(PROBLEM))
+    (data / "case_1_seg.b2nd").touch()
     for ending in (".b2nd", "_seg.b2nd", ".pkl"):
         (data / f"case_7{ending}").touch()
     assert any("case_7 are not in the dataset any more" in line for line in check(WARNING))

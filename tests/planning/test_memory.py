@@ -58,6 +58,18 @@ def test_counted_is_kept(cls, patch, features):
     assert counted.beyond > 0
 
 
+@pytest.mark.parametrize(("cls", "patch", "features"), CASES.values(), ids=CASES)
+def test_half_precision_is_what_autocast_keeps(cls, patch, features):
+    """The CPU's autocast, which can run here, leaves other operations in float32 than a GPU's: hence the 20 %."""
+    build = builder(cls, patch, features)
+    counted = count_step(build, patch, 2)
+    torch.manual_seed(0)
+    network = build()
+    with torch.autocast("cpu", torch.bfloat16):
+        real = really_kept(network, torch.randn(2, 2, *patch))
+    assert counted.kept == pytest.approx(real, rel=0.2)
+
+
 @pytest.mark.parametrize(
     ("cls", "patch", "features"),
     [pytest.param(*case, id=name, marks=[] if "H2A" in name else pytest.mark.full) for name, case in CASES.items()],
@@ -69,7 +81,8 @@ def test_half_precision_keeps_less_and_more_patches_more(cls, patch, features):
     assert half.parameters == one.parameters == three.parameters
     patches = [(item.kept - item.weights) for item in (one, three)]
     assert patches[1] == pytest.approx(3 * patches[0], rel=0.1)
-    assert half.kept - half.weights < 1.02 * patches[1]
+    # CIPA's scans are float32 whatever autocast says.
+    assert half.kept - half.weights < (1.02 if cls is CIPA else 0.7) * patches[1]
     assert not torch.is_autocast_enabled("cuda")
     assert not torch.is_autocast_enabled("cpu")
 

@@ -80,6 +80,14 @@ def test_the_stock_network_can_be_sized_alike(preprocessed):
     assert network.encoder.output_channels == [4, 8, 16]
 
 
+def test_stock_from_plans_of_ours_sizes_their_network(preprocessed):
+    arguments = ["-d", "711", "-c", "3d_fullres", "-o", "Ours"]
+    assert main(arguments) == 0
+    assert main([*arguments[:-1], "Again", "-p", "Ours", "--network", "stock", "--patch-size", "32", "32", "32"]) == 0
+    configuration, network = build(json.loads((preprocessed / "Again.json").read_text()), "3d_fullres")
+    assert configuration.patch_size == list(network.patch_size) == [32, 32, 32]
+
+
 def test_a_patch_that_does_not_divide_is_raised_and_said_so(preprocessed, capsys):
     assert main(["-d", "711", "-c", "3d_fullres", "--patch-size", "30", "32", "32"]) == 0
     printed = capsys.readouterr().out
@@ -167,6 +175,8 @@ def test_sizes_are_positive_integers(preprocessed, capsys, arguments):
         (["-d", "711", "--network", "CIPA", "--n-stages", "3"], "CIPA always has 4 stages"),
         (["-d", "711", "-o", "nnUNetPlans"], "would overwrite"),
         (["-d", "711", "-o", "a__b"], "single underscores"),
+        (["-d", "711", "-o", "3dPlans"], "a letter first"),
+        (["-d", "711", "-o", "dataset"], "dataset.json is there and holds no plans"),
     ],
 )
 def test_bad_input_is_one_line_and_writes_nothing(preprocessed, capsys, arguments, message):

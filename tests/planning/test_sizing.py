@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 from nnunetv2.experiment_planning.experiment_planners.default_experiment_planner import ExperimentPlanner
 
+from nnunet_h2a.patch_sizes import patches
 from nnunet_h2a.planning.memory import GIB, StepMemory
 from nnunet_h2a.planning.plan import main
-from nnunet_h2a.planning.sizing import PRESETS, USABLE, DoesNotFit, choose_size, patches
+from nnunet_h2a.planning.sizing import PRESETS, USABLE, DoesNotFit, choose_size
 
 SHAPES = {
     "isotropic": ([1.5, 1.5, 1.5], [300, 280, 280]),
@@ -153,8 +154,12 @@ def test_the_preset_is_a_memory(preprocessed, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--gpu-memory", "0.9"], "take a GPU with more memory"),
-        (["--gpu-memory", "8", "--n-stages", "9"], "no patch has --n-stages 9 stages"),
+        (["--gpu-memory", "0.9", "--network", "stock", "-o", "Mine"], "take a GPU with more memory"),
+        (["--gpu-memory", "8", "--n-stages", "9"], "has 9 stages; ask for fewer --n-stages or --features"),
+        (
+            ["--gpu-memory", "1", "--network", "stock", "-o", "M", "--patch-size", "40", "64", "64"],
+            "more memory, a smaller --patch-size, fewer",
+        ),
         (["--gpu-memory", "8", "--network", "CIPA", "--n-stages", "3"], "CIPA always has 4 stages"),
     ],
 )
@@ -166,6 +171,28 @@ def test_what_cannot_be_is_one_line(preprocessed, capsys, arguments, message):
     assert error.count("\n") == 1
     assert message in error
     assert sorted(preprocessed.iterdir()) == before
+
+
+def test_what_inherits_takes_the_sizes_that_fit(preprocessed, capsys):
+    """nnU-Net's documented way to another batch is a configuration that inherits and has its own."""
+    path = preprocessed / "nnUNetPlans.json"
+    plans = json.loads(path.read_text())
+    plans["configurations"]["3d_fullres_bs40"] = {"inherits_from": "3d_fullres", "batch_size": 40}
+    path.write_text(json.dumps(plans))
+    arguments = ["-d", "711", "-c", "3d_fullres_bs40", "--gpu-memory", "1.2", "--network", "stock", "-o", "Mine"]
+    assert main(arguments) == 0
+    assert "3d_fullres_bs40: its own batch size 40 gives way to that of 3d_fullres" in capsys.readouterr().out
+    ours = json.loads((preprocessed / "Mine.json").read_text())["configurations"]
+    assert ours["3d_fullres_bs40"] == {"inherits_from": "3d_fullres"}
+    assert ours["3d_fullres"]["batch_size"] < 40
+
+
+def test_regions_without_their_order(preprocessed, capsys):
+    path = preprocessed / "dataset.json"
+    content = json.loads(path.read_text()) | {"labels": {"background": 0, "whole": [1, 2], "core": 2}}
+    path.write_text(json.dumps(content))
+    assert main(["-d", "711", "-c", "3d_fullres", "--gpu-memory", "4"]) == 2
+    assert "regions_class_order" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("text", ["0", "-3", "nan", "much"])

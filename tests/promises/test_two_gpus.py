@@ -1,7 +1,8 @@
 """``-num_gpus 2``: nnU-Net's whole distributed training in two processes, on CPUs instead of GPUs.
 
 nnU-Net starts it for CUDA only, with NCCL and the device in three places; the test puts gloo and the CPU there and
-leaves everything else as it is.
+leaves everything else as it is. But nnU-Net also turns BatchNorm into SyncBatchNorm, which PyTorch has on GPUs only;
+CIPA's norms stay as they are here, so that its statistics differ between the processes.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ def worker(rank: int, environment: dict[str, str], trainer_name: str, plans_name
 
     dist.init_process_group("gloo", init_method=f"file://{result}.rendezvous", rank=rank, world_size=2)
     module.DDP = lambda network, device_ids=None, **options: DistributedDataParallel(network, **options)
+    torch.nn.SyncBatchNorm.convert_sync_batchnorm = classmethod(lambda cls, network, group=None: network)
     trainer = get_trainer_from_args("731", "3d_fullres", 0, trainer_name, plans_name, False, torch.device("cpu"))
     trainer.device, trainer.grad_scaler = torch.device("cpu"), None
     torch.manual_seed(rank)

@@ -3,11 +3,20 @@
 from __future__ import annotations
 
 import copy
+import json
+import math
 
 import pytest
 import torch
 
-from nnunet_h2a.trainers import nnUNetTrainerCIPA, nnUNetTrainerH2ASeg, nnUNetTrainerISANet
+from nnunet_h2a.planning.plan import main
+from nnunet_h2a.trainers import (
+    nnUNetTrainerCIPA,
+    nnUNetTrainerCIPAPaper,
+    nnUNetTrainerH2ASeg,
+    nnUNetTrainerISANet,
+    nnUNetTrainerISANetPET,
+)
 from nnunet_h2a.training.failures import TrainingStopped, first_non_finite
 from tests.training.test_every_trainer import batch_of, every_trainer, plans_of
 
@@ -97,21 +106,67 @@ def test_validation_goes_on(make_trainer):
         assert not torch.isfinite(torch.tensor(float(trainer.validation_step(batch)["loss"])))
 
 
-@pytest.mark.parametrize(
-    ("batch_size", "patch", "smaller"),
-    [(8, [16, 16, 16], "--batch-size 4"), (2, [16, 32, 16], "--patch-size 16 16 16")],
-)
-def test_out_of_memory(make_trainer, monkeypatch, tmp_path, batch_size, patch, smaller):
+def run_out_of_memory(trainer, monkeypatch, tmp_path):
     """The error that PyTorch raises is raised here without a GPU; what comes of it is real."""
-    trainer = make_trainer(nnUNetTrainerH2ASeg, plans="nnUNetH2ASegPlans")
-    trainer.configuration_manager.configuration |= {"batch_size": batch_size, "patch_size": patch}
 
     def forward(x):
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
-    batch = batch_of(make_trainer(nnUNetTrainerH2ASeg, plans="nnUNetH2ASegPlans"))
+    patch = trainer.configuration_manager.patch_size
+    target = torch.zeros(1, 1, *patch)
+    batch = {"data": torch.zeros(1, 2, *patch), "target": [target] if trainer.enable_deep_supervision else target}
     monkeypatch.setattr(trainer.network, "forward", forward)
-    message = stopped(trainer, batch, tmp_path)
-    shown = " x ".join(map(str, patch))
-    assert f"the GPU has not enough memory for H2ASeg with patch {shown} and batch {batch_size}" in message
-    assert f"h2a_plan -d 711 -c 3d_fullres --network H2ASeg {smaller}\n" in message
+    return stopped(trainer, batch, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("trainer_class", "plans", "options", "sizes"),
+    [
+        (nnUNetTrainerH2ASeg, "Mine", ["--features", "4", "8", "16", "--n-stages", "3"], (8, (32, 32, 32))),
+        (nnUNetTrainerH2ASeg, "Mine", ["--features", "4", "8", "16", "32", "--n-stages", "4"], (2, (40, 48, 48))),
+        (nnUNetTrainerH2ASeg, "nnUNetPlans", None, None),
+        (nnUNetTrainerISANetPET, "Mine", ["--modalities", "pet"], (2, (32, 48, 48))),
+        (nnUNetTrainerCIPA, "Mine", ["--features", "8", "8", "16", "16"], (3, (24, 24, 24))),
+        (nnUNetTrainerCIPAPaper, "Mine", ["--features", "8", "8", "16", "16"], (2, (32, 32, 32))),
+    ],
+    ids=["batch", "patch", "stock plans", "one modality", "CIPA", "batch of its own"],
+)
+def test_out_of_memory(
+    make_trainer, workspace, preprocessed_copy, monkeypatch, tmp_path, capsys, trainer_class, plans, options, sizes
+):
+    """The command that is printed makes a plan of the same network with at most half the voxels."""
+    name = trainer_class.network_class.__name__
+
+    def plan(arguments):
+        monkeypatch.setenv("nnUNet_preprocessed", str(preprocessed_copy.parent))
+        return main(arguments)
+
+    if options is not None:
+        batch, patch = sizes
+        arguments = ["-d", "711", "-c", "3d_fullres", "--network", name, "-o", plans, "--batch-size", str(batch)]
+        assert plan([*arguments, "--patch-size", *map(str, patch), *options]) == 0
+    trainer = make_trainer(trainer_class, plans=plans, folder=preprocessed_copy)
+    before = dict(trainer.configuration_manager.configuration)
+    network = trainer.network
+    message = run_out_of_memory(trainer, monkeypatch, tmp_path)
+    shown = " x ".join(map(str, before["patch_size"]))
+    assert f"the GPU has not enough memory for {name} with patch {shown} and batch {before['batch_size']}" in message
+    assert ("the trainer's own" in message) == (trainer_class is nnUNetTrainerCIPAPaper)
+    (command,) = [line.partition("size: ")[2] for line in message.splitlines() if "h2a_plan" in line]
+    capsys.readouterr()
+    assert plan(command.split()[1:]) == 0, capsys.readouterr().err
+    assert "replacing" not in capsys.readouterr().out
+    smaller = command.split()[-1]
+    content = json.loads((preprocessed_copy / f"{smaller}.json").read_text())["configurations"]["3d_fullres"]
+    voxels = [math.prod(c["patch_size"]) * c["batch_size"] for c in (before, content)]
+    assert 0.2 * voxels[0] < voxels[1] <= 0.5 * voxels[0]
+    if trainer_class is nnUNetTrainerCIPAPaper:
+        assert content["patch_size"] != before["patch_size"]
+    made = make_trainer(trainer_class, plans=smaller, folder=preprocessed_copy).network
+    assert getattr(made, "modalities", "both") == getattr(network, "modalities", "both")
+    if name == "CIPA":
+        kwargs = [c["architecture"]["arch_kwargs"] for c in (before, content)]
+        assert kwargs[0]["widths"] == kwargs[1]["widths"]
+    else:
+        widths = [n.encoder.output_channels for n in (network, made)]
+        assert list(widths[1]) == list(widths[0])[: len(widths[1])]

@@ -168,7 +168,7 @@ def test_cipas_rate_falls_from_step_to_step(make_trainer):
 
 
 @every_paper
-def test_an_epoch_sees_every_training_case(make_trainer, trainer_class, workspace):
+def test_an_epoch_has_as_many_patches_as_there_are_training_cases(make_trainer, trainer_class, workspace):
     trainer = make(make_trainer, trainer_class)
     from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
 
@@ -202,6 +202,11 @@ def test_augmentation(make_trainer, trainer_class):
         assert spatial.rotation == pytest.approx((-math.pi / 4, math.pi / 4))
         assert min(initial) > max(trainer.configuration_manager.patch_size)
         assert mirrors
+        np.random.seed(0)
+        torch.manual_seed(0)
+        image = torch.zeros(2, *initial)
+        drawn = [spatial.get_parameters(image=image)["affine"] for _ in range(400)]
+        assert 0.42 < np.mean([affine is not None for affine in drawn]) < 0.58
     if trainer_class is nnUNetTrainerCIPAPaper:
         assert spatial.p_rotation == 0
         (crop,) = [t for t in transforms if is_a(t, [CropResizeTransform])]

@@ -33,7 +33,8 @@ class MisalignmentMixin:
     misaligned: ClassVar[str] = "ct"
     #: Probability of a shift, and of a rotation, of a sample.
     misalignment_probability: ClassVar[float] = 0.2
-    #: Largest shift along z (or the plan's first axis) and in the plane, in mm.
+    #: Largest shift along z (or the plan's first axis) and in the plane, in mm, rounded to whole voxels. Where the CT
+    #: has moved away, it is 0 (after normalisation).
     largest_shift_mm: ClassVar[tuple[float, float]] = (8.0, 4.0)
     #: Largest rotation about any axis, in degrees.
     largest_rotation: ClassVar[float] = 2.0
