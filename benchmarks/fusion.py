@@ -242,6 +242,13 @@ def main() -> None:
     parser.add_argument("--table", type=Path, help="Markdown document to put the table into")
     parser.add_argument("--table-only", action="store_true", help="write the table of what is done, and train nothing")
     arguments = parser.parse_args()
+    known = {*ROWS, *(f"{row}/{inputs}" for row in ROWS for inputs in INPUTS)}
+    if unknown := sorted(set(arguments.only or []) - known):
+        parser.error(f"--only {', '.join(unknown)}: rows are {', '.join(ROWS)}, inputs {', '.join(INPUTS)}")
+    if min(arguments.seeds) < 0:
+        parser.error("--seeds: give numbers from 0 on")
+    if arguments.table and not arguments.table.is_file():
+        parser.error(f"--table {arguments.table}: no such file")
 
     os.environ |= {name: str((arguments.work / name).resolve()) for name in FOLDERS}
     os.environ["nnUNet_def_n_proc"] = "1"
@@ -260,8 +267,6 @@ def main() -> None:
         (work / name).mkdir(parents=True, exist_ok=True)
     size = SIZES[size_name]
     todo = list(jobs(arguments.seeds, arguments.only))
-    if not todo:
-        parser.error(f"--only {' '.join(arguments.only)}: rows are {', '.join(ROWS)}, inputs {', '.join(INPUTS)}")
     for number, (row, inputs, seed) in enumerate(todo, 1):
         path = result_path(results, row, inputs, seed)
         if not finished(path, size) and not arguments.table_only:

@@ -30,6 +30,7 @@ SIZES = {
         2: [[(256, 256), 8], [(512, 512), 4], [(400, 400), 6], [(320, 256), 16]],
     },
 }
+NETWORKS = ["H2ASeg", "ISANet", "CIPA", "stock"]
 #: How many of each list calibrate.
 CALIBRATE = 2
 
@@ -120,7 +121,7 @@ def one(name: str, patch: tuple[int, ...], batch: int, device: str, counting: bo
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=SIZES, default="cpu")
-    parser.add_argument("--networks", nargs="+", default=["H2ASeg", "ISANet", "CIPA", "stock"])
+    parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=NETWORKS)
     parser.add_argument("--one", nargs=4, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.one:
@@ -128,6 +129,10 @@ def main() -> None:
         size = tuple(int(n) for n in patch.split("x"))
         print(json.dumps(one(name, size, int(batch), arguments.device, what == "count")))
         return
+    import torch
+
+    if arguments.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: PyTorch finds no GPU here (h2a_doctor says why)")
     print("| network | patch | batch | tensors counted GiB | measured GiB | ratio | predicted by the first sizes |")
     print("|---|---|---|---|---|---|---|")
     for name in arguments.networks:

@@ -5,18 +5,18 @@ from __future__ import annotations
 import json
 import math
 import os
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from nnunet_h2a.command import CommandError, dataset_folder, dataset_number
 from nnunet_h2a.doctor.finding import NOTE, OK, PROBLEM, WARNING, Finding, some
+from nnunet_h2a.doctor.preprocessed import check_preprocessed
 from nnunet_h2a.doctor.splits import check_splits, equal_files
 from nnunet_h2a.planning.make_plans import has_regions
-from nnunet_h2a.training.modalities import ChannelError, channel_roles
+from nnunet_h2a.training.modalities import PET_NAMES, ChannelError, channel_roles
 
-GIB = 2**30
+FOLDERS = ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")
 
 
 def check_dataset(dataset: str, plans: str, trainer: str) -> Iterator[Finding]:
@@ -30,12 +30,19 @@ def check_dataset(dataset: str, plans: str, trainer: str) -> Iterator[Finding]:
     Raises:
         CommandError: where no folder has the dataset.
     """
+    dataset = dataset.rstrip("/" + os.sep)
     raw, preprocessed = (_folder(variable, dataset) for variable in ("nnUNet_raw", "nnUNet_preprocessed"))
     if raw is None and preprocessed is None:
+        unset = [name for name in ("nnUNet_raw", "nnUNet_preprocessed") if not os.environ.get(name)]
+        if unset:
+            raise CommandError(f"no dataset '{dataset}': {' and '.join(unset)} not set, see above")
+        there = sorted({path.name for name in FOLDERS for path in _datasets(name)})
+        others = f"there are {some(there, 8)}" if there else "there is none: convert one with h2a_convert_…"
         raise CommandError(
-            f"no dataset '{dataset}' in nnUNet_raw ({os.environ.get('nnUNet_raw', 'not set')}) or nnUNet_preprocessed "
-            f"({os.environ.get('nnUNet_preprocessed', 'not set')}): convert it with h2a_convert_…"
+            f"no dataset '{dataset}' in nnUNet_raw ({os.environ['nnUNet_raw']}) or nnUNet_preprocessed "
+            f"({os.environ['nnUNet_preprocessed']}); {others}"
         )
+    yield from check_name(raw or preprocessed)
     described = read_dataset_json(raw, preprocessed)
     if isinstance(described, Finding):
         yield described
@@ -44,7 +51,7 @@ def check_dataset(dataset: str, plans: str, trainer: str) -> Iterator[Finding]:
     cases: list[str] = []
     if raw is not None:
         cases = yield from check_cases(raw, described)
-    if preprocessed is None:
+    if preprocessed is None and os.environ.get("nnUNet_preprocessed"):
         yield Finding(
             NOTE, f"{dataset} is not planned yet",
             f"type: nnUNetv2_plan_and_preprocess -d {dataset_number(raw)} --verify_dataset_integrity",
@@ -52,12 +59,35 @@ def check_dataset(dataset: str, plans: str, trainer: str) -> Iterator[Finding]:
     # A machine that trains often has no raw data: then the preprocessed cases are the dataset's.
     yield from check_splits(raw, preprocessed, cases or _preprocessed_cases(preprocessed))
     if preprocessed is not None:
-        yield from check_preprocessed(preprocessed, described, plans, cases)
+        yield from check_preprocessed(preprocessed, described, plans, cases, trainer)
 
 
 def _preprocessed_cases(folder: Path | None) -> list[str]:
     """Cases of any configuration that is preprocessed."""
     return sorted({path.stem for path in folder.glob("*/*.pkl")}) if folder is not None else []
+
+
+def _datasets(variable: str) -> list[Path]:
+    """Datasets in the folder of one of nnU-Net's variables."""
+    parent = os.environ.get(variable)
+    if not parent or not Path(parent).is_dir():
+        return []
+    return [path for path in Path(parent).glob("Dataset[0-9][0-9][0-9]_*") if path.is_dir()]
+
+
+def check_name(folder: Path) -> Iterator[Finding]:
+    """A number has one name in all of nnU-Net's folders, or nnU-Net refuses it everywhere."""
+    number = dataset_number(folder)
+    others = sorted(
+        str(path)
+        for variable in FOLDERS
+        for path in _datasets(variable)
+        if dataset_number(path) == number and path.name != folder.name
+    )
+    if others:
+        yield Finding(
+            PROBLEM, f"number {number} is {folder.name}, and {some(others)} has it too", "rename or remove one of them"
+        )
 
 
 def _folder(variable: str, dataset: str) -> Path | None:
@@ -81,11 +111,15 @@ def read_dataset_json(raw: Path | None, preprocessed: Path | None) -> dict[str, 
         for key, kind in (("labels", dict), ("numTraining", int), ("file_ending", str), ("channel_names", dict)):
             if not isinstance(content[key], kind):
                 raise TypeError(f"{key} is {content[key]!r}")
+        if sorted(content["channel_names"]) != sorted(str(number) for number in range(len(content["channel_names"]))):
+            raise ValueError(f"channel_names must be numbered from 0, found {list(content['channel_names'])}")
     except FileNotFoundError:
         return Finding(PROBLEM, f"{path} does not exist", "run the conversion again")
     except (ValueError, KeyError, TypeError) as error:
         return Finding(PROBLEM, f"{path} is damaged ({type(error).__name__}: {error})", "run the conversion again")
     copy = None if raw is None or preprocessed is None else preprocessed / "dataset.json"
+    if copy is not None and not copy.is_file() and list(preprocessed.glob("*Plans*.json")):
+        return Finding(PROBLEM, f"{copy} does not exist, and training needs it", f"type: cp {path} {copy}")
     if copy is not None and copy.is_file():
         try:
             other = json.loads(copy.read_text(encoding="utf-8"))
@@ -124,6 +158,11 @@ def check_channels(dataset_json: Mapping[str, Any], trainer: str) -> Iterator[Fi
         if number is not None
     )
     yield Finding(OK, roles)
+    if ct is not None and str(names[str(ct)]).casefold() in PET_NAMES:
+        yield Finding(
+            WARNING, f"the CT channel is named {names[str(ct)]!r}: nnU-Net would normalise it as PET, or "
+            "h2a_modalities is the wrong way round", "correct dataset.json",
+        )  # fmt: skip
     if pet is not None and str(names[str(pet)]).casefold() in ("pet", "pt", "suv", "zscore"):
         yield Finding(
             NOTE, "PET is z-scored per image, so that the network does not see absolute SUV",
@@ -148,6 +187,12 @@ def check_cases(raw: Path, dataset_json: Mapping[str, Any]) -> Iterator[Finding]
 
     ending, channels = dataset_json["file_ending"], len(dataset_json["channel_names"])
     files = _listed(raw, dataset_json, ending, channels)
+    if not files:
+        yield Finding(
+            PROBLEM, f"{raw}: no case whose files end with {ending}, as dataset.json says",
+            "correct file_ending, or run the conversion again",
+        )  # fmt: skip
+        return []
     missing = sorted(p.name for paths in files.values() for p in paths if not p.is_file())
     if missing:
         yield Finding(PROBLEM, f"{raw}: {len(missing)} files are missing ({some(missing)})", "run the conversion again")
@@ -219,112 +264,3 @@ def _same_grid(one: Sequence[tuple[float, ...]], other: Sequence[tuple[float, ..
         for first, second in zip(one[1:], other[1:], strict=True)
         for a, b in zip(first, second, strict=True)
     )
-
-
-def check_preprocessed(
-    folder: Path, dataset_json: Mapping[str, Any], plans: str, cases: Sequence[str]
-) -> Iterator[Finding]:
-    """Plans, fingerprint and preprocessed files belong to the dataset as it is, and there is room for the latter.
-
-    Args:
-        folder: of the dataset below ``$nnUNet_preprocessed``.
-        dataset_json: of the raw dataset.
-        plans: name of the plans.
-        cases: identifiers of the training cases, empty where the raw dataset is elsewhere.
-    """
-    number = dataset_number(folder)
-    path = folder / f"{plans}.json"
-    if not path.is_file():
-        others = sorted(p.stem for p in folder.glob("*Plans*.json"))
-        hint = f"it has {some(others)} (-p)" if others else f"type: nnUNetv2_plan_and_preprocess -d {number}"
-        yield Finding(PROBLEM, f"{folder} has no plans {plans}", hint)
-        return
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        configurations = content["configurations"]
-        configurations.items()
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        yield Finding(
-            PROBLEM, f"{path} is damaged ({type(error).__name__}: {error})", "run h2a_plan or nnU-Net's planning again"
-        )
-        return
-    yield from _fingerprint(folder, number, dataset_json)
-    for key, configuration in configurations.items():
-        kwargs = configuration.get("architecture", {}).get("arch_kwargs", {})
-        yield from _planned_channels(path, key, kwargs, dataset_json)
-        identifier = configuration.get("data_identifier")
-        if identifier is not None:
-            yield _files(folder / identifier, key, plans, number, cases, _needed(configurations, key, dataset_json))
-
-
-def _fingerprint(folder: Path, number: int, dataset_json: Mapping[str, Any]) -> Iterator[Finding]:
-    path = folder / "dataset_fingerprint.json"
-    clean = f"type: nnUNetv2_plan_and_preprocess -d {number} --clean"
-    try:
-        seen = len(json.loads(path.read_text())["shapes_after_crop"])
-    except FileNotFoundError:
-        return
-    except (ValueError, KeyError, TypeError) as error:
-        yield Finding(PROBLEM, f"{path} is damaged ({type(error).__name__})", clean)
-        return
-    if seen != dataset_json["numTraining"]:
-        yield Finding(
-            PROBLEM, f"{path} is of {seen} cases, and the dataset has {dataset_json['numTraining']}; nnU-Net plans by "
-            "an old fingerprint without a word", clean,
-        )  # fmt: skip
-
-
-def _planned_channels(
-    path: Path, key: str, kwargs: Mapping[str, Any], dataset_json: Mapping[str, Any]
-) -> Iterator[Finding]:
-    if "ct_channel" not in kwargs:
-        return
-    try:
-        roles = dict(zip(("ct_channel", "pet_channel"), channel_roles(dataset_json, kwargs.get("modalities", "both")),
-                         strict=True))  # fmt: skip
-    except ChannelError:
-        return
-    if any(kwargs.get(name) != roles[name] for name in roles):
-        yield Finding(
-            PROBLEM, f"{path}, {key}: made when CT was channel {kwargs['ct_channel']} and PET {kwargs['pet_channel']}",
-            "write these plans anew with h2a_plan",
-        )  # fmt: skip
-
-
-def _needed(configurations: Mapping[str, Any], key: str, dataset_json: Mapping[str, Any]) -> float:
-    """GiB that preprocessing takes at most: nnU-Net compresses float32 images and int8 or int16 labels."""
-    shape = configurations[key].get("median_image_size_in_voxels", [])
-    if len(shape) == 2:
-        # Slices of whole volumes.
-        volumes = (c.get("median_image_size_in_voxels", []) for c in configurations.values())
-        shape = max((v for v in volumes if len(v) == 3), key=math.prod, default=shape)
-    return math.prod(shape) * dataset_json["numTraining"] * (4 * len(dataset_json["channel_names"]) + 1) / GIB
-
-
-def _files(folder: Path, key: str, plans: str, number: int, cases: Sequence[str], needed: float) -> Finding:
-    command = f"type: nnUNetv2_preprocess -d {number} -c {key} -plans_name {plans}"
-    free = shutil.disk_usage(folder.parent).free / GIB
-    if not folder.is_dir():
-        if needed > free:
-            return Finding(
-                WARNING, f"{key} is not preprocessed yet, which takes up to {needed:.1f} GiB, and {free:.1f} are free",
-                "free some space first, or move nnUNet_preprocessed",
-            )  # fmt: skip
-        return Finding(NOTE, f"{key} is not preprocessed yet (up to {needed:.1f} GiB; {free:.1f} free)", command)
-    there = {p.name.removesuffix(".pkl") for p in folder.glob("*.pkl")}
-    images = {p.name.removesuffix(ending) for ending in (".b2nd", ".npz") for p in folder.glob(f"*{ending}")}
-    labels = {name.removesuffix("_seg") for name in images if name.endswith("_seg") and name[:-4] in there}
-    images -= {f"{name}_seg" for name in labels}
-    # An .npz holds image and label; a .b2nd has its label beside it.
-    alone = {p.stem for p in folder.glob("*.npz")}
-    half = sorted((there ^ images) | (images - labels - alone))
-    missing = sorted(set(cases) - there)
-    if missing or half:
-        return Finding(PROBLEM, f"{folder}: incomplete ({some(missing or half)})", command)
-    old = sorted(there - set(cases)) if cases else []
-    if old:
-        return Finding(
-            WARNING, f"{folder}: {some(old)} are not in the dataset any more; fold all would train on them",
-            f"delete the folder, then {command}",
-        )  # fmt: skip
-    return Finding(OK, f"{folder}: {len(there)} cases preprocessed")

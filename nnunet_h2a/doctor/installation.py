@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import difflib
 import io
 import os
 import platform
@@ -109,6 +110,12 @@ def check_folders() -> Iterator[Finding]:
                 PROBLEM, f"{variable} is {value}, and ~ is not a folder within quotes",
                 f'type: export {variable}="{folder.expanduser()}"',
             )  # fmt: skip
+        elif value[0] in "\"'":
+            yield Finding(PROBLEM, f"{variable} has quotes in its value: {value}", f"type: export {variable}={value}")
+        elif folder.exists() and not folder.is_dir():
+            yield Finding(
+                PROBLEM, f"{variable} is {value}, which is a file", f"type: export {variable}=/path/to/a/folder"
+            )
         elif not folder.is_dir():
             yield Finding(PROBLEM, f"{variable} is {value}, which is no folder", f'type: mkdir -p "{value}"')
         elif folder.resolve() in seen:
@@ -149,21 +156,26 @@ def check_settings() -> Iterator[Finding]:
     """Variables that look like nnU-Net's and are not, and values that do not do what they say."""
     known = {name.casefold(): name for name in (*FOLDERS, *SETTINGS)}
     for name in sorted(os.environ):
-        meant = known.get(name.casefold())
-        if meant is not None and meant != name:
+        if not name.casefold().startswith("nnunet_") or name in known.values() or name in OLD_NAMES:
+            continue
+        nearest = difflib.get_close_matches(name.casefold(), known, n=1, cutoff=0.8)
+        if nearest:
+            meant = known[nearest[0]]
             yield Finding(
                 WARNING, f"{name} is set, but nnU-Net reads {meant}", f'type: export {meant}="${name}"; unset {name}'
             )
-    workers = os.environ.get("nnUNet_n_proc_DA", "")
+    workers = os.environ.get("nnUNet_n_proc_DA")
     if workers == "0":
         yield Finding(
             WARNING, "nnUNet_n_proc_DA is 0: training works so, nnU-Net's planning does not",
             "type: nnUNet_n_proc_DA=1 nnUNetv2_plan_and_preprocess …",
         )  # fmt: skip
-    elif workers and not workers.isdigit():
-        yield Finding(PROBLEM, f"nnUNet_n_proc_DA is {workers!r}, which is no number", "type: unset nnUNet_n_proc_DA")
-    processes = os.environ.get("nnUNet_def_n_proc", "")
-    if processes and not re.fullmatch("[1-9][0-9]*", processes):
+    elif workers is not None and not workers.isdigit():
+        yield Finding(
+            PROBLEM, f"nnUNet_n_proc_DA is {workers!r}, which is no number of processes", "type: unset nnUNet_n_proc_DA"
+        )
+    processes = os.environ.get("nnUNet_def_n_proc")
+    if processes is not None and not re.fullmatch("[1-9][0-9]*", processes):
         yield Finding(
             PROBLEM, f"nnUNet_def_n_proc is {processes!r}, which is no number above 0", "type: unset nnUNet_def_n_proc"
         )
@@ -214,13 +226,13 @@ def check_lookup(trainer: str) -> Iterator[Finding]:
             yield Finding(PROBLEM, f"nnU-Net does not look into {shim_folder()}{off}", by_hand)
         elif isinstance(error, RuntimeError) and "Could not find" in why:
             yield Finding(
-                PROBLEM, f"nnU-Net finds no trainer {trainer}", "compare the name with the tables in README.md"
-            )
-        else:
-            yield Finding(
-                PROBLEM, f"nnU-Net's search for trainers ends with {type(error).__name__}: {why}",
-                f"mend or take out the folder of {VARIABLE} that raises it",
+                PROBLEM, f"nnU-Net finds no trainer {trainer}",
+                f"compare the name with README.md and docs/training.md; a folder of your own belongs in {VARIABLE}",
             )  # fmt: skip
+        else:
+            others = [entry for entry in entries if entry != shim_folder()]
+            fix = f"mend or take out what raises it in {', '.join(others)}" if others else "see the settings above"
+            yield Finding(PROBLEM, f"nnU-Net's search for trainers ends with {type(error).__name__}: {why}", fix)
         return
     module = found.__module__
     if module.startswith(("nnunet_h2a.", "nnunetv2.")):

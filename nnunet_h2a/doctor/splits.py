@@ -95,6 +95,12 @@ def _without_folds(raw: Path, patients: Mapping[str, str]) -> Iterator[Finding]:
 
 def _complete(path: Path, folds: Sequence[Mapping[str, Sequence[str]]], cases: Sequence[str]) -> Iterator[Finding]:
     there = set(cases)
+    gone = sorted({case for fold in folds for side in fold.values() for case in side} - there)
+    if gone:
+        yield Finding(
+            PROBLEM, f"{path} names cases that are not in the dataset: {some(gone)}",
+            f"run the conversion again, or take them out of every {SPLITS} of this dataset",
+        )  # fmt: skip
     for number, fold in enumerate(folds):
         both = sorted(set(fold["train"]) & set(fold["val"]))
         if both and sorted(fold["train"]) != sorted(fold["val"]):
@@ -103,12 +109,6 @@ def _complete(path: Path, folds: Sequence[Mapping[str, Sequence[str]]], cases: S
             )
         elif both:
             yield Finding(NOTE, f"{path}: fold {number} validates on what it trains on, one patient's cases")
-        missing = sorted({*fold["train"], *fold["val"]} - there)
-        if missing:
-            yield Finding(
-                PROBLEM, f"{path}: fold {number} names cases that are not in the dataset: {some(missing)}",
-                f"delete {path} and run nnU-Net's planning again",
-            )  # fmt: skip
         if not fold["train"] or not fold["val"]:
             yield Finding(PROBLEM, f"{path}: fold {number} has an empty side", "write the folds anew")
     times = Counter(case for fold in folds for case in set(fold["val"]))
@@ -137,7 +137,7 @@ def _same_as_raw(path: Path, raw: Path) -> Iterator[Finding]:
     if not same:
         yield Finding(
             WARNING, f"{path} differs from {other}, and nnU-Net trains by the former",
-            "delete the former if the latter is right, and run nnU-Net's planning again",
+            f"if the latter is right: rm {path}, and run nnU-Net's planning again, which stops otherwise",
         )  # fmt: skip
 
 
@@ -154,7 +154,7 @@ def _leaks(
         numbers = [str(n) for n, fold in enumerate(folds) if fold in real and leaks([fold], patients)]
         yield Finding(
             PROBLEM, f"{path}: {len(divided)} patients are trained and validated on ({some(divided)}; fold "
-            f"{', '.join(numbers)}; {how})", "write folds by patient: the converters' --splits patient does",
+            f"{', '.join(numbers)}; {how})", f"convert with --splits patient, rm {path}, plan again",
         )  # fmt: skip
     else:
         count = len(set(patients.values()))

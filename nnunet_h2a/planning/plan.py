@@ -52,7 +52,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("-d", "--dataset", required=True, help="dataset number or name, planned by nnU-Net before")
     parser.add_argument(
-        "-c", "--configurations", nargs="+", metavar="C",
+        "-c", "--configurations", nargs="+", action="extend", metavar="C",
         help="2d, 3d_fullres, … [all in the plans that --patch-size fits]",
     )  # fmt: skip
     parser.add_argument(
@@ -115,23 +115,29 @@ def _plan(arguments: argparse.Namespace) -> int:
     first = dict(options)
     if memory is not None and arguments.features and arguments.network not in FIXED_STAGES:
         options["n_stages"] = arguments.n_stages or len(arguments.features)
+        if options["n_stages"] != len(arguments.features):
+            raise CommandError(f"--features: give {options['n_stages']} numbers for --n-stages {options['n_stages']}")
     if memory is not None and not arguments.patch_size:
         # The patch, and with it the number of stages, is yet to be chosen.
         first |= {"n_stages": None, "features": None}
+    elif memory is not None:
+        first["n_stages"] = options["n_stages"]
     try:
         plans = make_plans(
             base, dataset_json, plans_name=name, configurations=arguments.configurations, **given, **first
         )
         if memory is not None:
             print(
-                f"memory of a training step with mixed precision, counted without a GPU; "
+                f"memory of a training step with mixed precision, counted without a GPU, some seconds per size; "
                 f"{100 * USABLE:.0f} % of {memory:g} GiB may be filled:"
             )
             sizes = fit_plans(plans, base, dataset_json, memory, **given, **options)
     except ChannelError as error:
         raise CommandError(f"{folder}: {error}") from error
     if target.exists():
-        print(f"replacing {target}, which was there (-o gives another name)")
+        lost = sorted(set(json.loads(target.read_text())["configurations"]) - set(plans["configurations"]))
+        without = f"; {', '.join(lost)} is not in the new plans" if lost else ""
+        print(f"replacing {target}, which was there (-o gives another name){without}")
     temporary = target.with_suffix(".json.part")
     temporary.write_text(json.dumps(plans, indent=4) + "\n", encoding="utf-8")
     os.replace(temporary, target)

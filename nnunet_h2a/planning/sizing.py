@@ -109,7 +109,7 @@ def choose_size(
         cures = ", ".join([*given, "fewer --features", "another network"])
         raise DoesNotFit(
             f"{_line(candidates[smallest], least, counted[smallest])}, and {gpu_memory:g} GiB leave "
-            f"{usable / GIB:.1f}: take a GPU with more memory, {cures}"
+            f"{usable / GIB:.2f}: take a GPU with more memory, {cures}"
         )
     patch, memory = list(candidates[high]), counted[high]
     if batch_size is not None:

@@ -11,7 +11,7 @@ import pytest
 import SimpleITK as sitk
 
 from nnunet_h2a.command import CommandError
-from nnunet_h2a.doctor import dataset as checks
+from nnunet_h2a.doctor import preprocessed as checks
 from nnunet_h2a.doctor.dataset import check_dataset
 from nnunet_h2a.doctor.finding import NOTE, OK, PROBLEM, WARNING
 
@@ -43,7 +43,8 @@ def folders(tmp_path, monkeypatch):
         write_image(raw / "imagesTr" / f"{case}_0001.nii.gz", 100 + number)
         write_image(raw / "labelsTr" / f"{case}.nii.gz", 200 + number)
         for ending in (".b2nd", "_seg.b2nd", ".pkl"):
-            (preprocessed / "data" / f"{case}{ending}").touch()
+            (preprocessed / "data" / f"{case}{ending}").write_bytes(b"voxels")
+    shutil.copytree(raw / "labelsTr", preprocessed / "gt_segmentations")
     description = {
         "channel_names": {"0": "CT", "1": "noNorm"}, "h2a_modalities": ["CT", "PET"], "file_ending": ".nii.gz",
         "labels": {"background": 0, "tumor": 1}, "numTraining": len(CASES),
@@ -92,11 +93,24 @@ def test_a_dataset_of_another_make(folders):
 
 
 def test_no_such_dataset(folders):
-    with pytest.raises(CommandError, match="no dataset '742' in nnUNet_raw"):
+    with pytest.raises(CommandError, match=f"no dataset '742' in nnUNet_raw .*; there are {NAME}"):
         check(dataset="742")
+    assert check(dataset=f"{NAME}/") == check()
 
 
-def test_one_number_and_two_names(folders):
+def test_no_such_dataset_because_nothing_is_set(folders, monkeypatch):
+    monkeypatch.delenv("nnUNet_raw")
+    shutil.rmtree(folders[1])
+    with pytest.raises(CommandError, match="nnUNet_raw not set, see above"):
+        check()
+
+
+def test_one_number_and_two_names(folders, tmp_path, monkeypatch):
+    (tmp_path / "nnUNet_results" / "Dataset741_Old").mkdir(parents=True)
+    monkeypatch.setenv("nnUNet_results", str(tmp_path / "nnUNet_results"))
+    (line,) = check(PROBLEM)
+    assert f"number 741 is {NAME}, and " in line
+    assert "Dataset741_Old has it too" in line
     (folders[0].parent / "Dataset741_Other").mkdir()
     with pytest.raises(CommandError, match="several datasets"):
         check()
@@ -146,6 +160,64 @@ def test_a_damaged_copy_of_the_description(folders):
     (folders[1] / "dataset.json").write_text("[]")
     (line,) = check()
     assert "is damaged" in line
+
+
+def test_no_copy_of_the_description(folders):
+    (folders[1] / "dataset.json").unlink()
+    (line,) = check()
+    assert "dataset.json does not exist, and training needs it; type: cp " in line
+
+
+def test_channels_that_are_not_numbered_from_0(folders):
+    for folder in folders:
+        edit(folder / "dataset.json", channel_names={"1": "CT", "2": "PET"})
+    (line,) = check()
+    assert "must be numbered from 0, found ['1', '2']" in line
+
+
+def test_names_and_modalities_that_contradict_each_other(folders):
+    for folder in folders:
+        edit(folder / "dataset.json", channel_names={"0": "PET", "1": "CT"})
+    assert any("the CT channel is named 'PET'" in line for line in check(WARNING))
+
+
+def test_another_file_ending(folders):
+    for folder in folders:
+        edit(folder / "dataset.json", file_ending=".nii")
+    assert any("no case whose files end with .nii, as dataset.json says" in line for line in check(PROBLEM))
+
+
+def edit_plan(folder, name, **changes):
+    content = json.loads((folder / "nnUNetPlans.json").read_text())
+    content["configurations"]["3d_fullres"] |= changes
+    (folder / f"{name}.json").write_text(json.dumps(content))
+
+
+def test_the_network_of_the_plans(folders):
+    network = {"arch_kwargs": {}, "network_class_name": "nnunet_h2a.networks.ISANet"}
+    edit_plan(folders[1], "Ours", architecture=network)
+    assert any(
+        "made for ISANet, and nnUNetTrainerH2ASeg trains H2ASeg; take -tr nnUNetTrainerISANet, or" in line
+        for line in check(PROBLEM, plans="Ours")
+    )
+    assert check(PROBLEM, plans="Ours", trainer="nnUNetTrainerISANet") == check(
+        PROBLEM, plans="Ours", trainer="nnUNetTrainer"
+    )
+    edit_plan(folders[1], "Ours", architecture=network | {"network_class_name": "nnunet_h2a.networks.Nope"})
+    assert any("there is no network nnunet_h2a.networks.Nope" in line for line in check(PROBLEM, plans="Ours"))
+
+
+def test_plans_that_nnunets_planning_has_outdated(folders):
+    edit_plan(folders[1], "nnUNetPlans", spacing=[3, 2, 2])
+    edit_plan(folders[1], "Ours", spacing=[3, 2, 2])
+    assert not [line for line in check(PROBLEM, plans="Ours") if "planned anew" in line]
+    edit_plan(folders[1], "nnUNetPlans", spacing=[4, 2, 2])
+    assert any("its spacing is not that of" in line and "h2a_plan" in line for line in check(PROBLEM, plans="Ours"))
+
+
+def test_labels_for_the_validation(folders):
+    (folders[1] / "gt_segmentations" / "case_2.nii.gz").unlink()
+    assert any("gt_segmentations lacks case_2, and the validation" in line for line in check(PROBLEM))
 
 
 def test_regions(folders):
@@ -259,7 +331,11 @@ def test_patients_by_autopets_names(folders, names):
         ([{"train": CASES}], PROBLEM, "is no list of folds"),
         ([{"train": CASES, "val": ["case_3"]}], PROBLEM, "fold 0 trains and validates on case_3"),
         ([{"train": CASES, "val": CASES}], NOTE, "validates on what it trains on"),
-        ([{"train": [*CASES[1:], "gone"], "val": ["case_0"]}], PROBLEM, "not in the dataset: gone"),
+        (
+            [{"train": [*CASES[1:], "gone"], "val": ["case_0"]}],
+            PROBLEM,
+            "names cases that are not in the dataset: gone",
+        ),
         ([{"train": CASES, "val": []}], PROBLEM, "fold 0 has an empty side"),
         ([GOOD[0], GOOD[0]], WARNING, "2 cases are validated in several folds (case_0, case_1)"),
     ],
@@ -287,8 +363,9 @@ def test_no_folds(folders):
 
 def test_plans(folders):
     assert any("has no plans Other; it has nnUNetPlans (-p)" in line for line in check(PROBLEM, plans="Other"))
-    (folders[1] / "nnUNetPlans.json").write_text("{}")
-    assert any("is damaged (KeyError" in line for line in check(PROBLEM))
+    for content in ("{}", '{"configurations": {"2d": []}}', "[]"):
+        (folders[1] / "nnUNetPlans.json").write_text(content)
+        assert any("nnUNetPlans.json is damaged (" in line for line in check(PROBLEM))
 
 
 def test_an_old_fingerprint(folders):
@@ -304,12 +381,15 @@ def test_preprocessed_files(folders, monkeypatch):
     (data / "case_0.b2nd").unlink()
     command = "type: nnUNetv2_preprocess -d 741 -c 3d_fullres -plans_name nnUNetPlans"
     assert any(f"incomplete (case_0); {command}" in line for line in check(PROBLEM))
-    (data / "case_0.b2nd").touch()
+    (data / "case_0.b2nd").write_bytes(b"voxels")
     (data / "case_1_seg.b2nd").unlink()
     assert any(f"incomplete (case_1); {command}" in line for line in check(PROBLEM))
-    (data / "case_1_seg.b2nd").touch()
+    (data / "case_1_seg.b2nd").write_bytes(b"voxels")
+    (data / "case_2.b2nd").write_bytes(b"")
+    assert any(f"incomplete (case_2.b2nd); {command}" in line for line in check(PROBLEM))
+    (data / "case_2.b2nd").write_bytes(b"voxels")
     for ending in (".b2nd", "_seg.b2nd", ".pkl"):
-        (data / f"case_7{ending}").touch()
+        (data / f"case_7{ending}").write_bytes(b"voxels")
     assert any("case_7 are not in the dataset any more" in line for line in check(WARNING))
     shutil.rmtree(data)
     assert any(

@@ -92,6 +92,8 @@ def test_folders_that_are_fine(folders):
         ("nnUNet_raw", None, PROBLEM, "nnUNet_raw is not set; type: export nnUNet_raw="),
         ("nnUNet_results", "{root}/nothing", PROBLEM, "which is no folder; type: mkdir -p"),
         ("nnUNet_results", "{root}/nnUNet_raw ", PROBLEM, "begins or ends with a blank"),
+        ("nnUNet_results", "{root}/file", PROBLEM, "which is a file"),
+        ("nnUNet_results", '"{root}/nnUNet_raw"', PROBLEM, "has quotes in its value"),
         ("nnUNet_raw", "~/data", PROBLEM, "~ is not a folder within quotes"),
         ("nnUNet_preprocessed", "{root}/nnUNet_raw", PROBLEM, "nnUNet_preprocessed and nnUNet_raw are the same folder"),
         ("nnUNet_raw", "nnUNet_raw", WARNING, "depends on where a command is typed"),
@@ -99,6 +101,7 @@ def test_folders_that_are_fine(folders):
 )
 def test_folders_that_are_not(folders, monkeypatch, variable, value, level, text):
     monkeypatch.chdir(folders)
+    (folders / "file").touch()
     if value is None:
         monkeypatch.delenv(variable)
     else:
@@ -132,6 +135,10 @@ def test_a_full_disk(folders, monkeypatch):
     ("variable", "value", "text"),
     [
         ("nnunet_compile", "f", "nnunet_compile is set, but nnU-Net reads nnUNet_compile"),
+        ("nnUNet_preprocesed", "/data", "nnUNet_preprocesed is set, but nnU-Net reads nnUNet_preprocessed"),
+        ("nnUNet_exTrainer", "/mine", "nnU-Net reads nnUNet_extTrainer"),
+        ("nnUNet_def_n_proc", "", "is no number above 0"),
+        ("nnUNet_n_proc_DA", "-1", "is no number of processes"),
         ("nnUNet_n_proc_DA", "0", "nnU-Net's planning does not"),
         ("nnUNet_n_proc_DA", "many", "is no number"),
         ("nnUNet_def_n_proc", "0", "is no number above 0"),

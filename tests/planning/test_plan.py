@@ -136,8 +136,13 @@ def test_one_modality_has_plans_of_its_own_name(preprocessed, capsys):
 def test_plans_that_are_replaced_are_said_to_be(preprocessed, capsys):
     assert main(["-d", "711"]) == 0
     assert "replacing" not in capsys.readouterr().out
-    assert main(["-d", "711", "--batch-size", "3"]) == 0
-    assert "nnUNetH2ASegPlans.json, which was there" in capsys.readouterr().out
+    assert main(["-d", "711", "--batch-size", "3", "-c", "2d"]) == 0
+    printed = capsys.readouterr().out
+    assert "nnUNetH2ASegPlans.json, which was there" in printed
+    assert "; 3d_fullres is not in the new plans" in printed
+    assert main(["-d", "711", "-c", "2d", "-c", "3d_fullres"]) == 0
+    plans = json.loads((preprocessed / "nnUNetH2ASegPlans.json").read_text())
+    assert set(plans["configurations"]) == {"2d", "3d_fullres"}
 
 
 def test_a_low_resolution_alone_has_no_next_stage(preprocessed):

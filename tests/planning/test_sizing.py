@@ -160,6 +160,7 @@ def test_the_preset_is_a_memory(preprocessed, capsys):
             ["--gpu-memory", "1", "--network", "stock", "-o", "M", "--patch-size", "40", "64", "64"],
             "more memory, a smaller --patch-size, fewer",
         ),
+        (["--gpu-memory", "8", "--n-stages", "3", "--features", "4", "8"], "give 3 numbers for --n-stages 3"),
         (["--gpu-memory", "8", "--network", "CIPA", "--n-stages", "3"], "CIPA always has 4 stages"),
     ],
 )
