@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 endif
 READY := $(VENV)/.ready
 # Two processes of one thread each; tests/conftest.py says which tests stay together.
-PYTEST := $(BIN)/python -m pytest -n 2
+PYTEST := $(BIN)/python -m pytest -n 2 --no-loadscope-reorder
 
 .PHONY: help setup demo test test-full test-matrix lint bench bench-fusion clean
 
@@ -43,7 +43,7 @@ test-full: $(READY)
 	$(PYTEST) --durations=12
 
 test-matrix: $(READY)
-	$(BIN)/python tests/matrix.py -n 2 $(TESTS)
+	$(BIN)/python tests/matrix.py -n 2 --no-loadscope-reorder $(TESTS)
 
 lint: $(READY)
 	$(BIN)/ruff check .

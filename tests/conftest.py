@@ -42,6 +42,17 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     return Scheduling(config, log)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest groups first, so that no process is left with one of them when the other has nothing more to do."""
+
+    def rank(item: pytest.Item) -> int:
+        return (
+            0 if item.nodeid.startswith("tests/promises/") else 1 if item.nodeid.startswith(SHARE_THE_WORKSPACE) else 2
+        )
+
+    items.sort(key=rank)
+
+
 def clean_environment(**extra: str) -> dict[str, str]:
     """This process's environment without anything of nnU-Net, so that only what a test sets is there."""
     kept = {k: v for k, v in os.environ.items() if not k.lower().startswith(("nnunet", "pythonpath"))}

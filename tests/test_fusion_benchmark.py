@@ -79,7 +79,8 @@ def run_benchmark(tmp_path, *arguments, timeout=None):
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=timeout, check=False)
 
 
-@pytest.mark.parametrize("rows", [("H2ASeg/PET",), pytest.param(fusion.ROWS, marks=pytest.mark.full)])
+@pytest.mark.full
+@pytest.mark.parametrize("rows", [("H2ASeg/PET",), fusion.ROWS])
 def test_it_trains_tells_what_is_done_and_goes_on(tmp_path, rows):
     document = tmp_path / "fusion.md"
     document.write_text("before\n<!-- fusion small: begin -->\nold\n<!-- fusion small: end -->\nafter\n")

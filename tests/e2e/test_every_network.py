@@ -14,7 +14,7 @@ from tests.e2e.conftest import Model
 CASES = [
     ("ISANet", "3d_fullres", "nnUNetTrainerISANetFewSteps", []),
     ("CIPA", "2d", "nnUNetTrainerCIPAFewSteps", []),
-    ("ISANet", "3d_fullres", "nnUNetTrainerISANetPaperFewSteps", []),
+    ("ISANet", "3d_fullres", "nnUNetTrainerISANetPaperFewSteps", [pytest.mark.full]),
     ("CIPA", "3d_fullres", "nnUNetTrainerCIPAFewSteps", [pytest.mark.full]),
     ("H2ASeg", "3d_fullres", "nnUNetTrainerH2ASegPaperFewSteps", [pytest.mark.full]),
     ("CIPA", "2d", "nnUNetTrainerCIPAPaperFewSteps", [pytest.mark.full]),

@@ -73,11 +73,11 @@ class nnUNetTrainerH2ASegPoisoned(_FewSteps, nnUNetTrainerH2ASeg):
 
 
 class _Reseeded(_FewSteps):
-    """Four epochs, each from a seed of its own, with a checkpoint after each; killed at ``H2A_TEST_KILL``."""
+    """Three epochs, each from a seed of its own, with a checkpoint after each; killed at ``H2A_TEST_KILL``."""
 
     def __init__(self, plans, configuration, fold, dataset_json, device):
         super().__init__(plans, configuration, fold, dataset_json, device)
-        self.num_epochs, self.save_every = 4, 1
+        self.num_epochs, self.save_every = 3, 1
 
     def on_train_epoch_start(self):
         super().on_train_epoch_start()

@@ -91,7 +91,7 @@ def test_half_precision_keeps_less_and_more_patches_more(cls, patch, features):
 @pytest.mark.parametrize(
     ("network", "patch", "batch"),
     [
-        ("H2ASeg", "32x48x64", 2),
+        pytest.param("H2ASeg", "32x48x64", 2, marks=pytest.mark.full),
         pytest.param("ISANet", "32x48x64", 2, marks=pytest.mark.full),
         pytest.param("CIPA", "32x48x48", 1, marks=pytest.mark.full),
         pytest.param("CIPA", "96x128", 3, marks=pytest.mark.full),

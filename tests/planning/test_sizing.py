@@ -127,7 +127,8 @@ def preprocessed(workspace, tmp_path, monkeypatch):
 
 def test_the_command_fits_the_plan_and_says_why(preprocessed, capsys):
     base = json.loads((preprocessed / "nnUNetPlans.json").read_text())["configurations"]["3d_fullres"]
-    arguments = ["-d", "711", "-c", "3d_fullres", "--gpu-memory", "1.4", "--features", "4", "8", "16"]
+    arguments = ["-d", "711", "-c", "3d_fullres", "--gpu-memory", "1.4", "--features", "4", "8", "16",
+                 "--batch-size", "2"]  # fmt: skip
     assert main(arguments) == 0
     printed = capsys.readouterr().out
     ours = json.loads((preprocessed / "nnUNetH2ASegPlans.json").read_text())["configurations"]["3d_fullres"]

@@ -157,8 +157,8 @@ def promises(dataset, monkeypatch) -> Promises:
     return dataset
 
 
-def every_network(first: str) -> pytest.MarkDecorator:
-    """All networks; ``make test`` takes one."""
+def every_network(first: str | None) -> pytest.MarkDecorator:
+    """All networks; ``make test`` takes one, or none where smaller tests hold the promise."""
     networks: Sequence[str] = ("H2ASeg", "ISANet", "CIPA")
     return pytest.mark.parametrize(
         "network", [pytest.param(n, marks=[] if n == first else pytest.mark.full) for n in networks]

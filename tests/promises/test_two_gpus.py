@@ -41,7 +41,7 @@ def worker(rank: int, environment: dict[str, str], trainer_name: str, plans_name
     dist.destroy_process_group()
 
 
-@every_network("H2ASeg")
+@every_network(None)
 def test_two_processes_share_the_batch_and_the_weights(promises, network, tmp_path):
     trainer, plans = f"nnUNetTrainer{network}FewSteps", f"nnUNet{network}Plans"
     result = str(tmp_path / "result")

@@ -123,10 +123,20 @@ def run_out_of_memory(trainer, monkeypatch, tmp_path):
     ("trainer_class", "plans", "options", "sizes"),
     [
         (nnUNetTrainerH2ASeg, "Mine", ["--features", "4", "8", "16", "--n-stages", "3"], (8, (32, 32, 32))),
-        (nnUNetTrainerH2ASeg, "Mine", ["--features", "4", "8", "16", "32", "--n-stages", "4"], (2, (40, 48, 48))),
+        pytest.param(
+            nnUNetTrainerH2ASeg,
+            "Mine",
+            ["--features", "4", "8", "16", "32", "--n-stages", "4"],
+            (2, (40, 48, 48)),
+            marks=pytest.mark.full,
+        ),
         (nnUNetTrainerH2ASeg, "nnUNetPlans", None, None),
-        (nnUNetTrainerISANetPET, "Mine", ["--modalities", "pet"], (2, (32, 48, 48))),
-        (nnUNetTrainerCIPA, "Mine", ["--features", "8", "8", "16", "16"], (3, (24, 24, 24))),
+        pytest.param(
+            nnUNetTrainerISANetPET, "Mine", ["--modalities", "pet"], (2, (32, 48, 48)), marks=pytest.mark.full
+        ),
+        pytest.param(
+            nnUNetTrainerCIPA, "Mine", ["--features", "8", "8", "16", "16"], (3, (24, 24, 24)), marks=pytest.mark.full
+        ),
         (nnUNetTrainerCIPAPaper, "Mine", ["--features", "8", "8", "16", "16"], (2, (32, 32, 32))),
     ],
     ids=["batch", "patch", "stock plans", "one modality", "CIPA", "batch of its own"],
