@@ -19,6 +19,12 @@ from dataset_conversion.splits import make_splits
 from dataset_conversion.sts import main
 from tests.conversion.synthetic_dicom import Patient, write_series
 
+
+def heed_ctrl_c() -> None:
+    """For a child process: a test run in the background of a shell passes on that SIGINT is ignored."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 REPOSITORY = Path(__file__).resolve().parents[2]
 DATASET = "Dataset501_STS"
 
@@ -341,6 +347,7 @@ def test_ctrl_c_is_one_line_and_resumes(raw: Path, source: Path, processes: str)
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
+        preexec_fn=heed_ctrl_c,
         start_new_session=True,
     )
     while run.poll() is None and not (raw / f".h2a_{DATASET}" / "cases").is_dir():

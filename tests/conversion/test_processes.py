@@ -19,7 +19,7 @@ import SimpleITK as sitk
 
 from dataset_conversion.autopet import main
 from tests.conversion.test_autopet import HEXES, image, write_study
-from tests.conversion.test_engine import environment, tree
+from tests.conversion.test_engine import environment, heed_ctrl_c, tree
 
 DATASET = "Dataset630_AutoPET"
 
@@ -176,7 +176,7 @@ def test_ctrl_c_ends_all_processes(raw, source):
         write_study(source, f"{index:010d}", CTres=None)
     run = subprocess.Popen(
         command(source, "-np", "2"), env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        start_new_session=True,
+        preexec_fn=heed_ctrl_c, start_new_session=True,
     )  # fmt: skip
     end = time.monotonic() + 120
     while not list(raw.glob(".h2a_*/cases/*")) and run.poll() is None and time.monotonic() < end:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 
+import pytest
+
 from tests.conftest import EXT_TRAINERS, ROOT
 
 CHECK = """
@@ -21,6 +23,7 @@ torch.testing.assert_close(torch.from_numpy(predict_patch(file, patch.numpy())),
 """
 
 
+@pytest.mark.full
 def test_documented_export_of_a_trained_model(workspace, models, tmp_path):
     (example,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "onnx.md").read_text(), re.S)
     workspace.run("python", "-c", example + CHECK, models["ours"].results, tmp_path / "network.onnx",

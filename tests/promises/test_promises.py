@@ -127,7 +127,7 @@ def test_compiled_and_not(promises, network, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("network", "suffix"),
     [
-        pytest.param(n, s, marks=[] if (n, s) in (("H2ASeg", "DA5"), ("CIPA", "NoMirroring")) else pytest.mark.full)
+        pytest.param(n, s, marks=[] if (n, s) == ("CIPA", "NoMirroring") else pytest.mark.full)
         for n in ("H2ASeg", "ISANet", "CIPA")
         for s in ("DA5", "NoMirroring", "PETCT")
     ],
