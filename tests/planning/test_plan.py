@@ -15,17 +15,6 @@ from nnunet_h2a.planning.make_plans import make_plans
 from nnunet_h2a.planning.plan import main
 
 
-@pytest.fixture
-def preprocessed(workspace, tmp_path, monkeypatch):
-    """A copy of the phantom's plans that a test may spoil."""
-    folder = tmp_path / "nnUNet_preprocessed" / workspace.dataset
-    folder.mkdir(parents=True)
-    for name in ("nnUNetPlans.json", "dataset.json"):
-        (folder / name).write_bytes((workspace.preprocessed / name).read_bytes())
-    monkeypatch.setenv("nnUNet_preprocessed", str(folder.parent))
-    return folder
-
-
 def build(plans, configuration, num_classes=2):
     configuration = PlansManager(plans).get_configuration(configuration)
     return configuration, get_network_from_plans(

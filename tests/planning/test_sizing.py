@@ -115,16 +115,6 @@ def test_a_batch_that_is_given_stays():
     assert chosen.patch_size == [32, 32, 32]
 
 
-@pytest.fixture
-def preprocessed(workspace, tmp_path, monkeypatch):
-    folder = tmp_path / "nnUNet_preprocessed" / workspace.dataset
-    folder.mkdir(parents=True)
-    for name in ("nnUNetPlans.json", "dataset.json"):
-        (folder / name).write_bytes((workspace.preprocessed / name).read_bytes())
-    monkeypatch.setenv("nnUNet_preprocessed", str(folder.parent))
-    return folder
-
-
 def test_the_command_fits_the_plan_and_says_why(preprocessed, capsys):
     base = json.loads((preprocessed / "nnUNetPlans.json").read_text())["configurations"]["3d_fullres"]
     arguments = ["-d", "711", "-c", "3d_fullres", "--gpu-memory", "1.4", "--features", "4", "8", "16",
