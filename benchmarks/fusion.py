@@ -250,7 +250,6 @@ def main() -> None:
     if arguments.table and not arguments.table.is_file():
         parser.error(f"--table {arguments.table}: no such file")
 
-    os.environ |= {name: str((arguments.work / name).resolve()) for name in FOLDERS}
     os.environ["nnUNet_def_n_proc"] = "1"
     os.environ.setdefault("nnUNet_n_proc_DA", "1")
     import torch

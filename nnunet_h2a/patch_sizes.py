@@ -5,6 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 
+#: Smallest edge of the deepest feature map; nnU-Net's own planner uses it too.
+MIN_FEATURE_MAP_EDGE = 4
+
 #: nnU-Net's first patch, before it is cut to the images: this many voxels, shaped by the spacing.
 FIRST_PATCH = {2: 2048**2, 3: 256**3}
 
@@ -42,3 +45,10 @@ def patches(spacing: Sequence[float], median_shape: Sequence[float], min_edge: i
         # A smaller patch may be pooled less often, and then less can be taken away.
         divisor = topology(cut)[2]
         stages, patch, divisor = topology([n - divisor[i] * (i == axis) for i, n in enumerate(patch)])
+
+
+def stages_of(spacing: Sequence[float], patch: Sequence[int], min_edge: int) -> int:
+    """Number of resolutions that nnU-Net gives a patch; arguments as those of :func:`patches`."""
+    from nnunetv2.experiment_planning.experiment_planners.network_topology import get_pool_and_conv_props
+
+    return len(get_pool_and_conv_props(spacing, patch, min_edge, 999999)[1])

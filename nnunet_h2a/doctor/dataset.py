@@ -11,12 +11,11 @@ from typing import Any
 
 from nnunet_h2a.command import CommandError, dataset_folder, dataset_number
 from nnunet_h2a.doctor.finding import NOTE, OK, PROBLEM, WARNING, Finding, some
+from nnunet_h2a.doctor.installation import FOLDERS
 from nnunet_h2a.doctor.preprocessed import check_preprocessed
 from nnunet_h2a.doctor.splits import check_splits, equal_files
 from nnunet_h2a.planning.make_plans import has_regions
 from nnunet_h2a.training.modalities import PET_NAMES, ChannelError, channel_roles
-
-FOLDERS = ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")
 
 
 def check_dataset(dataset: str, plans: str, trainer: str) -> Iterator[Finding]:
@@ -163,7 +162,7 @@ def check_channels(dataset_json: Mapping[str, Any], trainer: str) -> Iterator[Fi
             WARNING, f"the CT channel is named {names[str(ct)]!r}: nnU-Net would normalise it as PET, or "
             "h2a_modalities is the wrong way round", "correct dataset.json",
         )  # fmt: skip
-    if pet is not None and str(names[str(pet)]).casefold() in ("pet", "pt", "suv", "zscore"):
+    if pet is not None and str(names[str(pet)]).casefold() in PET_NAMES | {"zscore"}:
         yield Finding(
             NOTE, "PET is z-scored per image, so that the network does not see absolute SUV",
             "other normalisations: the converters' --pet-normalization",

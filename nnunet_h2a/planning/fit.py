@@ -7,9 +7,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from nnunet_h2a.command import CommandError
-from nnunet_h2a.patch_sizes import patches
-from nnunet_h2a.planning.make_plans import MIN_FEATURE_MAP_EDGE, has_regions, make_plans
-from nnunet_h2a.planning.sizing import DoesNotFit, Size, choose_size, network_memory
+from nnunet_h2a.patch_sizes import MIN_FEATURE_MAP_EDGE, patches, stages_of
+from nnunet_h2a.planning.make_plans import has_regions, make_plans
+from nnunet_h2a.planning.sizing import Size, choose_size, network_memory
 
 
 def fit_plans(
@@ -87,9 +87,7 @@ def fit_plans(
                 candidates, _dataset_voxels(base, key, dataset_json), gpu_memory, count, batch_size,
                 lambda line, key=key: say(f"  {key}: {line}"),
             )  # fmt: skip
-        except DoesNotFit as error:
-            raise CommandError(f"{key}: {error}") from error
-        except ValueError as error:
+        except ValueError as error:  # DoesNotFit, and what the network says to a size
             raise CommandError(f"{key}: {error}") from error
         made = planned(chosen.patch_size, chosen.batch_size)
         configuration.update({name: made[name] for name in ("patch_size", "batch_size", "architecture")})
@@ -112,15 +110,9 @@ def _drop_own_sizes(configurations: dict[str, Any], key: str, say: Callable[[str
 
 def _candidates(configuration: dict[str, Any], n_stages: int | None) -> list[list[int]]:
     """Patches to try, largest first; all of them can be pooled often enough."""
-    from nnunetv2.experiment_planning.experiment_planners.network_topology import get_pool_and_conv_props
-
     spacing = configuration["spacing"]
     found = list(patches(spacing, configuration["median_image_size_in_voxels"], MIN_FEATURE_MAP_EDGE))
-    return [
-        patch
-        for patch in found
-        if len(get_pool_and_conv_props(spacing, patch, MIN_FEATURE_MAP_EDGE, 999999)[1]) >= (n_stages or 3)
-    ]
+    return [patch for patch in found if stages_of(spacing, patch, MIN_FEATURE_MAP_EDGE) >= (n_stages or 3)]
 
 
 def _dataset_voxels(base: dict[str, Any], key: str, dataset_json: dict[str, Any]) -> float:

@@ -7,14 +7,12 @@ from copy import deepcopy
 from typing import Any
 
 from nnunet_h2a.command import CommandError
+from nnunet_h2a.patch_sizes import MIN_FEATURE_MAP_EDGE
 from nnunet_h2a.training.modalities import channel_roles
 from nnunet_h2a.widths import FIXED_STAGES, published_features
 
 #: ``--network`` value that keeps the base plan's own network and changes its sizes only.
 STOCK = "stock"
-
-#: Smallest edge of the deepest feature map; nnU-Net's own planner uses it too.
-MIN_FEATURE_MAP_EDGE = 4
 
 
 def make_plans(

@@ -8,10 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from nnunetv2.experiment_planning.experiment_planners.network_topology import get_pool_and_conv_props
 from torch import nn
 
-from nnunet_h2a.patch_sizes import patches
+from nnunet_h2a.patch_sizes import MIN_FEATURE_MAP_EDGE, patches, stages_of
 from nnunet_h2a.widths import FIXED_STAGES, published_features
 
 
@@ -128,7 +127,7 @@ def smaller_size(configuration: Mapping[str, Any], fixed_batch: bool) -> tuple[l
     if batch > 2 and not fixed_batch:
         return patch, batch // 2
     half = math.prod(patch) / 2
-    tried = patches(configuration["spacing"], configuration["median_image_size_in_voxels"], 4)
+    tried = patches(configuration["spacing"], configuration["median_image_size_in_voxels"], MIN_FEATURE_MAP_EDGE)
     for candidate in tried:
         if math.prod(candidate) <= half and all(n <= old for n, old in zip(candidate, patch, strict=True)):
             return candidate, batch
@@ -177,7 +176,7 @@ def _widths(kind: str, arch_kwargs: Mapping[str, Any], spacing: Sequence[float],
         widths = arch_kwargs.get("widths")
         return [] if widths is None else ["--features", *map(str, widths)]
     # A smaller patch may allow fewer stages.
-    allowed = len(get_pool_and_conv_props(spacing, patch, 4, 999999)[1])
+    allowed = stages_of(spacing, patch, MIN_FEATURE_MAP_EDGE)
     widths = list(arch_kwargs["features_per_stage"])[:allowed]
     if widths == published_features(kind, allowed):
         return []
