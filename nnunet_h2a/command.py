@@ -19,6 +19,10 @@ class CommandError(Exception):
     """Bad input: the message is one line that says what is wrong and what to do."""
 
 
+class SeveralDatasets(CommandError):
+    """One number, several datasets."""
+
+
 def run_command(action: Callable[[], int]) -> int:
     """Run ``action``; bad input and files that cannot be read or written become one line on stderr and exit code 2."""
     try:
@@ -53,7 +57,8 @@ def dataset_folder(parent: Path, dataset: str) -> Path:
         dataset: ``"901"`` or ``"Dataset901_Phantom"``.
 
     Raises:
-        CommandError: unless exactly one folder matches.
+        SeveralDatasets: where more than one folder matches.
+        CommandError: where none does.
     """
     if dataset.isdigit():
         found = sorted(p for p in parent.glob(f"Dataset{int(dataset):03d}_*") if p.is_dir())
@@ -64,7 +69,7 @@ def dataset_folder(parent: Path, dataset: str) -> Path:
     if not found:
         number = dataset if dataset.isdigit() else "ID"
         raise CommandError(f"no dataset '{dataset}' in {parent}: run  nnUNetv2_plan_and_preprocess -d {number}  first")
-    raise CommandError(
+    raise SeveralDatasets(
         f"{parent} holds several datasets {dataset}: {', '.join(p.name for p in found)}; remove all but one"
     )
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from nnunet_h2a.command import CommandError, dataset_folder, dataset_number
+from nnunet_h2a.command import CommandError, SeveralDatasets, dataset_folder, dataset_number
 from nnunet_h2a.doctor.finding import NOTE, OK, PROBLEM, WARNING, Finding, some
 from nnunet_h2a.doctor.installation import FOLDERS
 from nnunet_h2a.doctor.preprocessed import check_preprocessed
@@ -95,9 +95,9 @@ def _folder(variable: str, dataset: str) -> Path | None:
         return None
     try:
         return dataset_folder(Path(parent), dataset)
-    except CommandError as error:
-        if "several" in str(error):
-            raise
+    except SeveralDatasets:
+        raise
+    except CommandError:
         return None
 
 
@@ -112,6 +112,7 @@ def read_dataset_json(raw: Path | None, preprocessed: Path | None) -> dict[str, 
                 raise TypeError(f"{key} is {content[key]!r}")
         if sorted(content["channel_names"]) != sorted(str(number) for number in range(len(content["channel_names"]))):
             raise ValueError(f"channel_names must be numbered from 0, found {list(content['channel_names'])}")
+        _check_entries(content)
     except FileNotFoundError:
         return Finding(PROBLEM, f"{path} does not exist", "run the conversion again")
     except (ValueError, KeyError, TypeError) as error:
@@ -131,6 +132,26 @@ def read_dataset_json(raw: Path | None, preprocessed: Path | None) -> dict[str, 
                 f"type: nnUNetv2_plan_and_preprocess -d {dataset_number(raw)} --clean",
             )  # fmt: skip
     return content
+
+
+def _check_entries(dataset_json: Mapping[str, Any]) -> None:
+    """``dataset``, where it is there, gives every case a list of images and a label.
+
+    Raises:
+        ValueError: with the first entry that does not.
+    """
+    entries = dataset_json.get("dataset", {})
+    if not isinstance(entries, dict):
+        raise ValueError(f"dataset is a {type(entries).__name__}, not cases by name")
+    for case, entry in entries.items():
+        images, label = (entry.get("images"), entry.get("label")) if isinstance(entry, dict) else (None, None)
+        if not (isinstance(images, list) and all(isinstance(p, str) for p in [*images, label])):
+            raise ValueError(f"dataset: case {case} must have a list 'images' and one 'label', paths all of them")
+        if len(images) != len(dataset_json["channel_names"]):
+            raise ValueError(
+                f"dataset: case {case} has {len(images)} images, and there are "
+                f"{len(dataset_json['channel_names'])} channels"
+            )
 
 
 #: What training and prediction take from nnU-Net's copy of dataset.json.

@@ -148,6 +148,23 @@ def test_description(folders, content, text):
     assert text in line
 
 
+@pytest.mark.parametrize(
+    ("entries", "text"),
+    [
+        ([], "dataset is a list, not cases by name"),
+        ({"case_0": "imagesTr/case_0"}, "case case_0 must have a list 'images' and one 'label'"),
+        ({"case_0": {"images": "imagesTr/case_0_0000.nii.gz", "label": "x"}}, "case case_0 must have"),
+        ({"case_0": {"images": ["a", "b"]}}, "case case_0 must have"),
+        ({"case_0": {"images": ["a"], "label": "x"}}, "case case_0 has 1 images, and there are 2 channels"),
+    ],
+)
+def test_malformed_list_of_cases(folders, entries, text):
+    edit(folders[0] / "dataset.json", dataset=entries)
+    (line,) = check()
+    assert "is damaged" in line
+    assert text in line
+
+
 def test_description_that_has_changed_since_planning(folders):
     edit(folders[0] / "dataset.json", labels={"background": 0, "tumor": 1, "node": 2})
     (line,) = check()

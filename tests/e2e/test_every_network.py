@@ -10,10 +10,11 @@ import pytest
 from tests.conftest import WIDE, tiny
 from tests.e2e.conftest import Model
 
-#: Network, configuration, trainer; H2ASeg in 3D is what test_pipeline.py runs on.
+#: Network, configuration, trainer; H2ASeg in 3D is what test_pipeline.py runs on, and ISANet's cascade is trained and
+#: predicted in tests/promises.
 CASES = [
-    ("ISANet", "3d_fullres", "nnUNetTrainerISANetFewSteps", []),
     ("CIPA", "2d", "nnUNetTrainerCIPAFewSteps", []),
+    ("ISANet", "3d_fullres", "nnUNetTrainerISANetFewSteps", [pytest.mark.full]),
     ("ISANet", "3d_fullres", "nnUNetTrainerISANetPaperFewSteps", [pytest.mark.full]),
     ("CIPA", "3d_fullres", "nnUNetTrainerCIPAFewSteps", [pytest.mark.full]),
     ("H2ASeg", "3d_fullres", "nnUNetTrainerH2ASegPaperFewSteps", [pytest.mark.full]),
@@ -27,10 +28,8 @@ CASES = [
 
 @pytest.fixture(scope="module")
 def slices(workspace):
-    """The phantom preprocessed for 2D as well, and tiny plans for it."""
+    """The phantom preprocessed for 2D as well."""
     workspace.run("nnUNetv2_preprocess", "-d", "711", "-c", "2d", "-np", "1", nnUNet_n_proc_DA="1")
-    for network in ("H2ASeg", "ISANet", "CIPA"):
-        workspace.run("h2a_plan", "-d", "711", *tiny(network, "2d"), "-o", f"nnUNet{network}SlicesPlans")
     return workspace
 
 
@@ -43,6 +42,7 @@ def test_trains_and_predicts(workspace, request, network, configuration, trainer
     if configuration == "2d":
         request.getfixturevalue("slices")
         plans = f"nnUNet{network}SlicesPlans"
+        workspace.run("h2a_plan", "-d", "711", *tiny(network, "2d"), "-o", plans)
     elif network != "CIPA":
         workspace.run("h2a_plan", "-d", "711", "--network", network, *WIDE, "-o", plans)
     model = Model(workspace, f"{trainer}_{configuration}", trainer, plans, configuration)

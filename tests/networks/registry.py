@@ -63,11 +63,14 @@ def exported() -> set[str]:
     return {name for name, thing in things.items() if isinstance(thing, type) and issubclass(thing, nn.Module)}
 
 
-def matrix(plans: Iterable[str] = PLANS, plain: Iterable[str] | None = None) -> pytest.MarkDecorator:
+def matrix(
+    plans: Iterable[str] = PLANS, plain: Iterable[str] | None = None, slow: Iterable[str] = ()
+) -> pytest.MarkDecorator:
     """Parametrise a test with ``entry`` and ``plan``: every network with every plan.
 
     Args:
         plans: names of the plans.
+        slow: networks that need ``make test-full`` with every plan.
         plain: those that run with ``make test``; the others need ``make test-full``. All but the slow ones if None.
     """
     plain = set(plans) - SLOW if plain is None else set(plain)
@@ -75,8 +78,11 @@ def matrix(plans: Iterable[str] = PLANS, plain: Iterable[str] | None = None) -> 
         ("entry", "plan"),
         [
             pytest.param(
-                entry, PLANS[name], id=f"{entry.name}-{name}", marks=[] if name in plain else [pytest.mark.full]
-            )
+                entry,
+                PLANS[name],
+                id=f"{entry.name}-{name}",
+                marks=[] if name in plain and entry.name not in slow else [pytest.mark.full],
+            )  # fmt: skip
             for entry in ENTRIES
             for name in plans
         ],
