@@ -82,7 +82,7 @@ def matrix(
                 PLANS[name],
                 id=f"{entry.name}-{name}",
                 marks=[] if name in plain and entry.name not in slow else [pytest.mark.full],
-            )  # fmt: skip
+            )
             for entry in ENTRIES
             for name in plans
         ],
