@@ -29,7 +29,7 @@ $(READY): pyproject.toml
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	# pip compiles on one core, and tests as well: half of the time of the installation.
 	$(BIN)/python -m pip install --quiet --no-compile --editable ".[dev]"
-	$(BIN)/python -c "import compileall, re, sysconfig; compileall.compile_dir(sysconfig.get_paths()['purelib'], quiet=2, workers=0, rx=re.compile(r'[/\\](tests?|_internal)[/\\]'))"
+	$(BIN)/python -c "import compileall, re, sysconfig; compileall.compile_dir(sysconfig.get_paths()['purelib'], quiet=2, workers=0, rx=re.compile('[^a-z_](tests?|_internal)[^a-z_]'))"
 	$(BIN)/python -c "import pathlib; pathlib.Path('$(READY)').touch()"
 
 demo: $(READY)
