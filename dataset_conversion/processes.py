@@ -61,7 +61,7 @@ def _convert_one(recipe: Recipe, case: Case, mark: str, workspace: Path) -> Refu
         shutil.rmtree(work, ignore_errors=True)
 
 
-def _start_worker() -> None:
+def start_worker() -> None:
     """Keep a worker to one thread, leave Ctrl-C to the process that started it, and end with that process."""
     import multiprocessing
     import signal
@@ -151,7 +151,7 @@ def _convert_in_pool(recipe: Recipe, jobs: Sequence[Job], workspace: Path, worke
     left: list[Job] = []
     others = set(multiprocessing.active_children())
     pool = ProcessPoolExecutor(
-        workers, mp_context=multiprocessing.get_context("spawn"), initializer=_start_worker
+        workers, mp_context=multiprocessing.get_context("spawn"), initializer=start_worker
     )  # fmt: skip
     futures = {}
     try:

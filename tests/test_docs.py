@@ -35,14 +35,16 @@ def test_nothing_is_left_to_be_filled_in(page):
 @pytest.mark.parametrize("page", PAGES, ids=[p.name for p in PAGES])
 def test_commands_exist(page):
     ours = {e.name for e in entry_points(group="console_scripts") if e.name.startswith("h2a_")}
-    assert set(re.findall(r"\bh2a_(?:convert|demo|plan|import)\w*", page.read_text())) <= ours
+    kinds = "convert|demo|plan|import|evaluate|crossval|compare|doctor"
+    assert set(re.findall(rf"(?<![/\w])h2a_(?:{kinds})\w*(?![\w/.])", page.read_text())) <= ours
 
 
 def test_flags_in_the_readme_are_the_commands():
     text = (ROOT / "README.md").read_text() + (ROOT / "docs" / "conversion.md").read_text()
-    for name in ("cipa", "isanet", "h2aseg"):
+    for name in ("cipa", "isanet", "h2aseg", "evaluation", "crossval"):
         text += (ROOT / "docs" / f"{name}.md").read_text()
-    for command in ("h2a_convert_sts", "h2a_convert_autopet", "h2a_plan", "h2a_import_weights", "h2a_demo"):
+    for command in ("h2a_convert_sts", "h2a_convert_autopet", "h2a_plan", "h2a_import_weights", "h2a_demo",
+                    "h2a_evaluate", "h2a_crossval", "h2a_compare"):  # fmt: skip
         help_text = run(command, "--help", environment=clean_environment()).stdout
         for line in re.findall(rf"^{command} (.*)$", text, re.M):
             for flag in re.findall(r"(?<!\S)--?[a-z][\w-]*", line.split("#")[0]):

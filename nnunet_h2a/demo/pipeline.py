@@ -12,7 +12,6 @@ from pathlib import Path
 
 from nnunet_h2a.command import CommandError
 from nnunet_h2a.demo.runner import CommandRunner
-from nnunet_h2a.evaluation.dice import mean_dice, score_folder
 from nnunet_h2a.phantom import write_autopet
 from nnunet_h2a.reporting.mip import write_mip_png
 
@@ -75,7 +74,7 @@ def run_demo(output: Path, sts: Path | None = None, device: str | None = None) -
     else:
         _sts_dataset(runner, sts, number, name, dataset)
     predictions = _train_and_predict(runner, number, dataset, device)
-    summary = _score(dataset / "labelsTs", predictions)
+    summary = _score(runner, dataset / "labelsTs", predictions)
     _draw(dataset, predictions, runner.output / "pictures")
     summary["seconds"] = round(time.monotonic() - started, 1)
     (runner.output / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
@@ -155,11 +154,14 @@ def _train_and_predict(runner: CommandRunner, number: int, dataset: Path, device
     return predictions
 
 
-def _score(truth: Path, predictions: dict[str, Path]) -> dict:
+def _score(runner: CommandRunner, truth: Path, predictions: dict[str, Path]) -> dict:
     models = {}
     for name, folder in predictions.items():
-        cases = score_folder(truth, folder)
-        models[name] = {"cases": cases, "mean_dice": mean_dice(cases)}
+        scores = runner.output / "scores" / f"{name}.json"
+        runner.run("h2a_evaluate", "-ref", truth, "-pred", folder, "-o", scores, "-np", "1")
+        content = json.loads(scores.read_text(encoding="utf-8"))
+        cases = {entry["case"]: entry["dice"] for entry in content["cases"]}
+        models[name] = {"cases": cases, "mean_dice": content["mean"]["dice"]}
     return {"models": models}
 
 
@@ -185,7 +187,7 @@ def _report(summary: dict, runner: CommandRunner, is_phantom: bool) -> None:
     for case in cases:
         _row(case, [_number(summary["models"][name]["cases"][case]) for name in names], width)
     _row("mean of cases with lesions", [_number(summary["models"][name]["mean_dice"]) for name in names], width)
-    print(f"\n{summary['seconds']:.0f} s in all; scores: {runner.output / 'summary.json'}")
+    print(f"\n{summary['seconds']:.0f} s in all; scores: {runner.output / 'scores'}")
     print(f"pictures: {runner.output / 'pictures'}; commands: {runner.script}; logs: {runner.logs}")
 
 

@@ -13,7 +13,6 @@ import pytest
 import SimpleITK as sitk
 import torch
 
-from nnunet_h2a.evaluation.dice import score_folder
 from tests.conftest import EXT_TRAINERS
 from tests.e2e.conftest import Model, same
 
@@ -88,7 +87,7 @@ def test_the_plans_alone_carry_the_network(workspace, models):
     assert same(model.probabilities(), model.probabilities(again))
 
 
-def test_ensemble_with_stock_nnunet_is_the_mean_of_probabilities(workspace, models):
+def test_ensemble_with_stock_nnunet_is_the_mean_of_probabilities(workspace, models, tmp_path):
     ours, stock, target = models["ours"], models["stock"], workspace.root / "ensemble"
     workspace.run("nnUNetv2_ensemble", "-i", ours.predictions, stock.predictions, "-o", target, "-np", "1")
     for case, probabilities in ours.probabilities().items():
@@ -98,7 +97,9 @@ def test_ensemble_with_stock_nnunet_is_the_mean_of_probabilities(workspace, mode
         label = sitk.GetArrayFromImage(sitk.ReadImage(str(target / f"{case}.nii.gz")))
         assert clear.mean() > 0.5
         assert np.array_equal(label[clear], mean.argmax(0)[clear])
-    assert set(score_folder(workspace.raw / "labelsTs", target)) == set(ours.probabilities())
+    workspace.run("h2a_evaluate", "-ref", workspace.raw / "labelsTs", "-pred", target, "-o", tmp_path / "scores.json")
+    scores = json.loads((tmp_path / "scores.json").read_text())
+    assert {entry["case"] for entry in scores["cases"]} == set(ours.probabilities())
 
 
 def test_pet_first_model_predicts_from_plans_and_checkpoint(workspace, models, tmp_path):

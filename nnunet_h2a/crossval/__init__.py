@@ -1,0 +1,1 @@
+"""Cross-validation of several trainers with nnU-Net's own commands."""

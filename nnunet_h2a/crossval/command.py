@@ -1,0 +1,172 @@
+"""``h2a_crossval``: train, validate and score several trainers on all folds, on every GPU, and go on when stopped."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shlex
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from nnunet_h2a.command import CommandError, dataset_folder, nnunet_folder, read_plans, run_command
+from nnunet_h2a.crossval.jobs import Job, read_folds, write_missing_splits
+from nnunet_h2a.crossval.run_job import Settings, command, run_job
+
+SOME_FAILED = 1
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line of ``h2a_crossval``."""
+    parser = argparse.ArgumentParser(
+        prog="h2a_crossval",
+        description="Train, validate and score every (trainer, fold) that is not finished yet with nnU-Net's own "
+        "commands, one at a time on every GPU. Started again it goes on, also after it was killed. Exit code 1 if a "
+        "job failed, 2 if nothing could be done.",
+    )
+    parser.add_argument("-d", "--dataset", required=True, help="dataset number or name, planned and preprocessed")
+    parser.add_argument("-c", "--configurations", nargs="+", required=True, metavar="C", help="2d, 3d_fullres, …")
+    parser.add_argument("-tr", "--trainers", nargs="+", default=["nnUNetTrainer"], metavar="TR",
+                        help="trainers [%(default)s]")  # fmt: skip
+    parser.add_argument(
+        "-p", "--plans", nargs="+", default=["nnUNetPlans"], metavar="P",
+        help="plans: one for all trainers, or one for each [%(default)s]",
+    )  # fmt: skip
+    parser.add_argument("-f", "--folds", nargs="+", default=["0", "1", "2", "3", "4"], metavar="F",
+                        help="folds, or all [0 1 2 3 4]")  # fmt: skip
+    parser.add_argument("-device", "--device", choices=("cuda", "cpu", "mps"), default="cuda", help="[%(default)s]")
+    parser.add_argument(
+        "--npz", action="store_true", help="keep probabilities: nnUNetv2_find_best_configuration needs them"
+    )
+    where = parser.add_mutually_exclusive_group()
+    where.add_argument("--dask", metavar="tcp://HOST:PORT", help="run on the workers of this cluster, a job on each")
+    where.add_argument("--slurm", type=Path, metavar="OUT.sh",
+                       help="run nothing: write an array script for sbatch, a task per job")  # fmt: skip
+    where.add_argument("--job", type=int, metavar="N", help="run the N-th job alone: what the SLURM script calls")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point of ``h2a_crossval``."""
+    given = list(sys.argv[1:] if argv is None else argv)
+    arguments = build_parser().parse_args(given)
+    return run_command(lambda: _crossval(arguments, given))
+
+
+def _crossval(arguments: argparse.Namespace, given: Sequence[str]) -> int:
+    preprocessed = dataset_folder(nnunet_folder("nnUNet_preprocessed"), arguments.dataset)
+    results = nnunet_folder("nnUNet_results")
+    dataset_json, jobs = _jobs(arguments, preprocessed, results)
+    settings = Settings(arguments.device, arguments.npz, dataset_json["file_ending"])
+    if arguments.job is not None:
+        if not 0 <= arguments.job < len(jobs):
+            raise CommandError(f"--job {arguments.job}: there are the jobs 0 to {len(jobs) - 1}")
+        return run_job(jobs[arguments.job], settings, {})
+    models = list(dict.fromkeys((job.trainer, job.plans, job.configuration) for job in jobs))
+    answer = _ask(preprocessed, models)
+    if answer["missing"]:
+        raise CommandError(f"nnU-Net finds no trainer {', '.join(answer['missing'])}: see  h2a_doctor -tr NAME")
+    if arguments.slurm is not None:
+        return _write_slurm(arguments.slurm, jobs, given)
+    from nnunet_h2a.crossval.schedule import Table, run_all
+    from nnunet_h2a.crossval.slots import dask_slots, local_slots
+
+    slots = (
+        dask_slots(arguments.dask, settings) if arguments.dask is not None
+        else local_slots(arguments.device, answer["gpus"], [command("h2a_crossval"), *given])
+    )  # fmt: skip
+    epochs = {"__".join(model): number for model, number in zip(models, answer["epochs"], strict=True)}
+    failed = run_all(jobs, slots, settings, Table(epochs, len(slots)))
+    for job, why in failed.items():
+        print(f"failed: {job.model} fold {job.fold}: {why} ({job.log})", file=sys.stderr)
+    return SOME_FAILED if failed else 0
+
+
+def _jobs(arguments: argparse.Namespace, preprocessed: Path, results: Path) -> tuple[dict[str, Any], list[Job]]:
+    """All jobs, fold by fold, so that after each fold the trainers can be compared on it; and dataset.json."""
+    trainers, plans = arguments.trainers, arguments.plans
+    if len(plans) == 1:
+        plans = plans * len(trainers)
+    if len(plans) != len(trainers):
+        raise CommandError(f"-p: give one name for all trainers or one for each: {len(plans)} for {len(trainers)}")
+    models = []
+    for trainer, name in dict.fromkeys(zip(trainers, plans, strict=True)):
+        content, dataset_json = read_plans(preprocessed, name)
+        for configuration in dict.fromkeys(arguments.configurations):
+            if configuration not in content["configurations"]:
+                raise CommandError(
+                    f"plans {name} have no configuration {configuration}; they have "
+                    f"{', '.join(content['configurations'])} (-c)"
+                )
+            settled = _settled(content["configurations"], configuration)
+            identifier = settled.get("data_identifier", "")
+            if not any((preprocessed / identifier).glob("*.pkl")):
+                raise CommandError(
+                    f"{preprocessed / identifier} holds no cases: run  nnUNetv2_preprocess -d {arguments.dataset} "
+                    f"-plans_name {name} -c {configuration}  first"
+                )
+            if not (preprocessed / "splits_final.json").is_file():
+                write_missing_splits(preprocessed, identifier)
+            previous = settled.get("previous_stage")
+            after = f"{trainer}__{name}__{previous}" if previous in arguments.configurations else None
+            models.append((configuration, trainer, name, after))
+    folds = read_folds(preprocessed, list(dict.fromkeys(arguments.folds)))
+    jobs = [
+        Job(preprocessed.name, configuration, trainer, name, fold, preprocessed, results, cases, after)
+        for fold, cases in folds.items()
+        for configuration, trainer, name, after in models
+    ]
+    return dataset_json, jobs
+
+
+def _settled(configurations: dict[str, Any], name: str) -> dict[str, Any]:
+    """A configuration with what it inherits."""
+    own = configurations[name]
+    return _settled(configurations, own["inherits_from"]) | own if "inherits_from" in own else own
+
+
+def _ask(preprocessed: Path, models: Sequence[tuple[str, str, str]]) -> dict[str, Any]:
+    finished = subprocess.run(
+        [sys.executable, "-m", "nnunet_h2a.crossval.probe"], capture_output=True, text=True, check=False,
+        input=json.dumps({"preprocessed": str(preprocessed), "models": models}),
+    )  # fmt: skip
+    if finished.returncode:
+        last = (finished.stderr.strip().splitlines() or ["no reason given"])[-1]
+        raise CommandError(f"nnU-Net cannot be loaded ({last}): look with  h2a_doctor")
+    return json.loads(finished.stdout.splitlines()[-1])
+
+
+def _write_slurm(path: Path, jobs: Sequence[Job], given: Sequence[str]) -> int:
+    """Write the array script: task N runs job N; what is finished by then ends at once."""
+    if any(job.after for job in jobs):
+        raise CommandError(
+            "--slurm: a cascade's second stage must wait for its first: write a script for each configuration, and "
+            "give sbatch --dependency=afterok:FIRST for the second"
+        )
+    kept, skip = [], False
+    for word in given:
+        if word != "--slurm" and not word.startswith("--slurm=") and not skip:
+            kept.append(word)
+        skip = word == "--slurm"
+    lines = [
+        "#!/bin/bash",
+        f"# {len(jobs)} jobs; run again, it does what is missing. Add partition, time and memory of your cluster.",
+        "#SBATCH --job-name=h2a_crossval",
+        f"#SBATCH --array=0-{len(jobs) - 1}",
+        "#SBATCH --cpus-per-task=12",
+        *(["#SBATCH --gres=gpu:1"] if "cpu" not in given else []),
+        "#SBATCH --output=h2a_crossval_%A_%a.out",
+        "set -u",
+        *(
+            f"export {name}={shlex.quote(value)}"
+            for name, value in sorted(os.environ.items()) if name.startswith("nnUNet")
+        ),
+        f'exec {shlex.join([command("h2a_crossval"), *kept])} --job "$SLURM_ARRAY_TASK_ID"',
+    ]  # fmt: skip
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    path.chmod(0o755)
+    print(f"written: {path}, {len(jobs)} tasks; type: sbatch {shlex.quote(str(path))}")
+    return 0

@@ -1,0 +1,187 @@
+"""What is to be trained, and how far it is: read from nnU-Net's own files, so that any run can go on."""
+
+from __future__ import annotations
+
+import json
+import re
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from nnunet_h2a.command import CommandError
+
+#: What a fold's scores are called, for every convention, below its validation folder.
+SCORES = "h2a_scores"
+#: What was measured for them, which h2a_compare uses again; below a folder of predictions.
+MEASURES = f"{SCORES}/measures.jsonl"
+WAITING, TRAINING, VALIDATING, SCORING, FINISHED, FAILED = (
+    "waiting", "training", "validating", "scoring", "finished", "failed",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Job:
+    """One fold of one trainer.
+
+    Attributes:
+        dataset: folder name, ``Dataset123_Name``.
+        configuration: of the plans.
+        trainer: name of the trainer's class.
+        plans: name of the plans.
+        fold: number, or ``all``.
+        preprocessed: the dataset's folder below ``$nnUNet_preprocessed``.
+        results: ``$nnUNet_results``.
+        cases: cases that the fold validates on.
+        after: model folder names whose folds must all be finished first: a cascade's first stage.
+    """
+
+    dataset: str
+    configuration: str
+    trainer: str
+    plans: str
+    fold: str
+    preprocessed: Path
+    results: Path
+    cases: tuple[str, ...]
+    after: str | None = None
+
+    @property
+    def model(self) -> str:
+        """nnU-Net's name of the model's folder."""
+        return f"{self.trainer}__{self.plans}__{self.configuration}"
+
+    @property
+    def model_folder(self) -> Path:
+        return self.results / self.dataset / self.model
+
+    @property
+    def folder(self) -> Path:
+        """Of the fold."""
+        return self.model_folder / f"fold_{self.fold}"
+
+    @property
+    def validation(self) -> Path:
+        return self.folder / "validation"
+
+    @property
+    def scores(self) -> Path:
+        return self.validation / SCORES / "summary.json"
+
+    @property
+    def log(self) -> Path:
+        """Output of the commands; nnU-Net deletes nothing beside the folds."""
+        return self.model_folder / f"h2a_crossval_fold_{self.fold}.log"
+
+    @property
+    def lock(self) -> Path:
+        """Held by whoever works on the fold."""
+        return self.model_folder / f"h2a_crossval_fold_{self.fold}.lock"
+
+    def is_trained(self) -> bool:
+        """Whether nnU-Net has ended the training."""
+        return (self.folder / "checkpoint_final.pth").is_file()
+
+    def is_validated(self, file_ending: str, probabilities: bool) -> bool:
+        """Whether every validation case is predicted: nnU-Net writes its summary last.
+
+        Args:
+            file_ending: of the dataset.
+            probabilities: whether their probabilities are wanted too, for ensembles.
+        """
+        if not (self.validation / "summary.json").is_file():
+            return False
+        endings = [file_ending, *([".npz"] if probabilities else [])]
+        return all((self.validation / f"{case}{ending}").is_file() for case in self.cases for ending in endings)
+
+    def is_scored(self) -> bool:
+        """Whether our scores are there, and not older than the predictions."""
+        written = self.scores.with_name("summary_autopet.json")
+        nnunets = self.validation / "summary.json"
+        return written.is_file() and nnunets.is_file() and written.stat().st_mtime >= nnunets.stat().st_mtime
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a job is.
+
+    Attributes:
+        stage: WAITING, TRAINING, ….
+        epoch: epochs that are done.
+        epoch_seconds: median duration of the last epochs, or None.
+    """
+
+    stage: str
+    epoch: int = 0
+    epoch_seconds: float | None = None
+
+
+_EPOCH = re.compile(r"Epoch (\d+)\s*$", re.MULTILINE)
+_SECONDS = re.compile(r"Epoch time: ([\d.]+) s")
+
+
+def progress_of(job: Job, file_ending: str, probabilities: bool) -> Progress:
+    """How far a fold is, by the files that nnU-Net and we have written; WAITING where nothing works on it."""
+    if job.is_trained():
+        if not job.is_validated(file_ending, probabilities):
+            return Progress(VALIDATING)
+        return Progress(FINISHED if job.is_scored() else SCORING)
+    logs = sorted(job.folder.glob("training_log_*.txt"), key=lambda path: path.stat().st_mtime)
+    if not logs:
+        return Progress(WAITING)
+    text = "".join(path.read_text(encoding="utf-8", errors="replace") for path in logs)
+    epochs = [int(number) for number in _EPOCH.findall(text)]
+    seconds = [float(number) for number in _SECONDS.findall(text)]
+    # The first epoch of a run is the longest: compilation, cold files.
+    return Progress(TRAINING, epochs[-1] if epochs else 0, statistics.median(seconds[-10:]) if seconds else None)
+
+
+def read_folds(preprocessed: Path, folds: Sequence[str]) -> dict[str, tuple[str, ...]]:
+    """Validation cases of each fold.
+
+    Args:
+        preprocessed: the dataset's folder below ``$nnUNet_preprocessed``, with its splits.
+        folds: numbers, or ``all``.
+
+    Raises:
+        CommandError: where the splits cannot be read, or do not have a fold.
+    """
+    path = preprocessed / "splits_final.json"
+    try:
+        splits = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise CommandError(f"{path} is not JSON ({error}): copy the raw dataset's here") from error
+    found = {}
+    for fold in folds:
+        if fold == "all":
+            found[fold] = tuple(_all_cases(preprocessed))
+        elif not fold.isdigit() or int(fold) >= len(splits):
+            raise CommandError(f"-f {fold}: {path} has the folds 0 to {len(splits) - 1}")
+        else:
+            found[fold] = tuple(splits[int(fold)]["val"])
+    return found
+
+
+def _all_cases(preprocessed: Path) -> list[str]:
+    """Every preprocessed case: nnU-Net validates fold ``all`` on its training cases."""
+    return sorted({path.stem for path in preprocessed.glob("*/*.pkl")})
+
+
+def write_missing_splits(preprocessed: Path, configuration: str) -> None:
+    """Write nnU-Net's default folds where there are none, as it would itself when the first fold trains.
+
+    Two folds that begin at once would otherwise both write the file.
+
+    Args:
+        preprocessed: the dataset's folder below ``$nnUNet_preprocessed``.
+        configuration: data identifier of a preprocessed configuration.
+    """
+    from nnunetv2.utilities.crossval_split import generate_crossval_split
+
+    cases = sorted(path.stem for path in (preprocessed / configuration).glob("*.pkl"))
+    if not cases:
+        raise CommandError(f"{preprocessed / configuration} holds no cases: run nnUNetv2_preprocess first")
+    path = preprocessed / "splits_final.json"
+    half = path.with_name(path.name + ".part")
+    half.write_text(json.dumps(generate_crossval_split(cases, seed=12345, n_splits=5), indent=4), encoding="utf-8")
+    half.replace(path)

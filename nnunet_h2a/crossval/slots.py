@@ -1,0 +1,123 @@
+"""Where jobs run: a GPU or the CPU of this machine, or a worker of a Dask cluster."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Protocol
+
+from nnunet_h2a.command import CommandError
+from nnunet_h2a.crossval.jobs import Job
+from nnunet_h2a.crossval.run_job import Settings, run_job
+
+if TYPE_CHECKING:
+    from distributed import Client, Future
+
+_DASK_TIMEOUT = 20
+
+
+class Slot(Protocol):
+    """A place for one job at a time."""
+
+    name: str
+
+    def start(self, job: Job, number: int) -> None:
+        """Begin a job; ``number`` is its place among all jobs."""
+
+    def poll(self) -> int | None:
+        """Exit code of the job, None while it runs."""
+
+    def stop(self) -> None:
+        """End the job now; it can be continued later."""
+
+
+class LocalSlot:
+    """A GPU, or the CPU, of this machine: this command in a process of its own, for one job."""
+
+    def __init__(self, name: str, command: Sequence[str], environment: Mapping[str, str]) -> None:
+        self.name = name
+        self._command = command
+        self._environment = environment
+        self._process: subprocess.Popen | None = None
+
+    def start(self, job: Job, number: int) -> None:
+        """See :class:`Slot`."""
+        self._process = subprocess.Popen(
+            [*self._command, "--job", str(number)], env=os.environ | self._environment, stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        )  # fmt: skip
+
+    def poll(self) -> int | None:
+        """See :class:`Slot`."""
+        return self._process.poll()
+
+    def stop(self) -> None:
+        """See :class:`Slot`."""
+        if self._process is not None and self._process.poll() is None:
+            self._process.send_signal(signal.SIGINT if os.name != "nt" else signal.SIGTERM)
+            self._process.wait()
+
+
+class DaskSlot:
+    """A worker of a Dask cluster; it must see the same folders under the same names."""
+
+    def __init__(self, client: Client, address: str, settings: Settings, environment: Mapping[str, str]) -> None:
+        self.name = address
+        self._client = client
+        self._settings = settings
+        self._environment = environment
+        self._future: Future | None = None
+
+    def start(self, job: Job, number: int) -> None:
+        """See :class:`Slot`."""
+        self._future = self._client.submit(
+            run_job, job, self._settings, self._environment, workers=[self.name], pure=False, retries=0
+        )
+
+    def poll(self) -> int | None:
+        """See :class:`Slot`."""
+        if not self._future.done():
+            return None
+        return self._future.result() if self._future.status == "finished" else 1
+
+    def stop(self) -> None:
+        """See :class:`Slot`: a job that a worker has begun is left to it."""
+        if self._future is not None:
+            self._future.cancel()
+
+
+def local_slots(device: str, gpus: int, command: Sequence[str]) -> list[LocalSlot]:
+    """One slot per GPU that ``CUDA_VISIBLE_DEVICES`` lets us see, or one for the CPU.
+
+    Raises:
+        CommandError: where there is no GPU and one is wanted.
+    """
+    if device != "cuda":
+        return [LocalSlot(device, command, {})]
+    if not gpus:
+        raise CommandError("no GPU is found: give  -device cpu , or look with  h2a_doctor")
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    names = visible.split(",")[:gpus] if visible else [str(number) for number in range(gpus)]
+    return [LocalSlot(f"GPU {name}", command, {"CUDA_VISIBLE_DEVICES": name}) for name in names]
+
+
+def dask_slots(address: str, settings: Settings) -> list[DaskSlot]:
+    """One slot per worker of a cluster.
+
+    Raises:
+        CommandError: where there is no scheduler or no worker.
+    """
+    try:
+        from distributed import Client
+    except ImportError as error:
+        raise CommandError("--dask needs the package distributed: pip install 'nnunet-h2a[dask]'") from error
+    try:
+        client = Client(address, timeout=_DASK_TIMEOUT)
+        client.wait_for_workers(1, timeout=_DASK_TIMEOUT)
+    except (OSError, TimeoutError, ValueError) as error:
+        raise CommandError(f"--dask {address}: no scheduler with a worker answers there") from error
+    passed = {key: value for key, value in os.environ.items() if key.startswith("nnUNet")}
+    addresses = sorted(client.scheduler_info(n_workers=-1)["workers"])
+    return [DaskSlot(client, worker, settings, passed) for worker in addresses]

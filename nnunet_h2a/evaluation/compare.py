@@ -1,0 +1,195 @@
+"""``h2a_compare``: the papers' table for trained models of a dataset, with tests against a baseline."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from nnunet_h2a.command import CommandError, dataset_folder, nnunet_folder, read_json, run_command
+from nnunet_h2a.crossval.jobs import MEASURES, read_folds
+
+if TYPE_CHECKING:
+    from nnunet_h2a.evaluation.conventions import Convention
+    from nnunet_h2a.evaluation.masks import Pair
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line of ``h2a_compare``."""
+    parser = argparse.ArgumentParser(
+        prog="h2a_compare",
+        description="Compare finished models of a dataset on their cross-validation: every metric as mean ± SD, best "
+        "bold, second underlined, paired tests against a baseline; Markdown, CSV, LaTeX and box plots. Ensembles that "
+        "nnUNetv2_find_best_configuration has made of these models are included.",
+    )
+    parser.add_argument("-d", "--dataset", required=True, help="dataset number or name")
+    parser.add_argument("-c", "--configurations", nargs="+", required=True, metavar="C", help="2d, 3d_fullres, …")
+    parser.add_argument("-tr", "--trainers", nargs="+", default=["nnUNetTrainer"], metavar="TR",
+                        help="trainers [%(default)s]")  # fmt: skip
+    parser.add_argument("-p", "--plans", nargs="+", default=["nnUNetPlans"], metavar="P",
+                        help="plans: one for all trainers, or one for each [%(default)s]")  # fmt: skip
+    parser.add_argument("-f", "--folds", nargs="+", default=["0", "1", "2", "3", "4"], metavar="F",
+                        help="folds [0 1 2 3 4]")  # fmt: skip
+    parser.add_argument(
+        "--predictions", nargs="+", default=[], metavar="NAME=DIR",
+        help="further predictions of the same validation cases, of any program",
+    )  # fmt: skip
+    parser.add_argument("--convention", default="autopet", metavar="NAME", help="as in h2a_evaluate [%(default)s]")
+    parser.add_argument("--baseline", metavar="NAME", help="row to test against, or its trainer [the first trainer's]")
+    parser.add_argument(
+        "--metrics", nargs="+", metavar="M", help="columns: dice, hd95, … [all]",
+    )  # fmt: skip
+    parser.add_argument("-o", "--output", type=Path, default=Path("h2a_compare"), help="folder [%(default)s]")
+    parser.add_argument("-np", "--processes", type=int, default=2, metavar="N", help="processes [%(default)s]")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point of ``h2a_compare``."""
+    arguments = build_parser().parse_args(argv)
+    return run_command(lambda: _compare(arguments))
+
+
+@dataclass(frozen=True)
+class _Model:
+    """A row of the table: where its predictions of each fold lie; ensembles have all in one folder."""
+
+    name: str
+    trainer: str
+    folders: tuple[tuple[Path, tuple[str, ...]], ...]
+
+
+def _compare(arguments: argparse.Namespace) -> int:
+    from nnunet_h2a.evaluation.comparison import compare, disagreements
+    from nnunet_h2a.evaluation.comparison_tables import box_plots, latex, long_csv, markdown
+    from nnunet_h2a.evaluation.conventions import COUNTS, by_name
+
+    try:
+        (convention,) = by_name(arguments.convention)
+    except KeyError as error:
+        raise CommandError(f"--convention {error.args[0]}") from error
+    except ValueError as error:
+        raise CommandError("--convention: one at a time") from error
+    preprocessed = dataset_folder(nnunet_folder("nnUNet_preprocessed"), arguments.dataset)
+    models = _models(arguments, preprocessed, nnunet_folder("nnUNet_results") / preprocessed.name)
+    if len(models) < 2:
+        raise CommandError(f"there is one model only, {models[0].name}: name another trainer with -tr")
+    baseline = _baseline(arguments.baseline, models)
+    summaries = {model.name: _summary(model, preprocessed, convention, arguments.processes) for model in models}
+    known = [key for key in next(iter(summaries.values()))["mean"] if key not in COUNTS]
+    metrics = arguments.metrics or known
+    if unknown := [metric for metric in metrics if metric not in known]:
+        raise CommandError(f"--metrics {' '.join(unknown)}: choose of {', '.join(known)}")
+    table = compare(summaries, baseline, metrics)
+    extra = {name: _of_the_set(summary, convention) for name, summary in summaries.items()}
+    text = markdown(table, convention, baseline, disagreements(summaries), extra)
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    contents = {"md": text, "csv": long_csv(table), "tex": latex(table, convention, baseline)}
+    for ending, content in contents.items():
+        half = arguments.output / f"comparison.{ending}.part"
+        half.write_text(content, encoding="utf-8")
+        half.replace(arguments.output / f"comparison.{ending}")
+    box_plots(arguments.output / "comparison.png", summaries, metrics, convention)
+    print(text)
+    print(f"written: {arguments.output}/comparison.md, .csv, .tex and .png")
+    return 0
+
+
+def _models(arguments: argparse.Namespace, preprocessed: Path, results: Path) -> list[_Model]:
+    """Models, ensembles of them, and other predictions; every one with all folds."""
+    trainers, plans = arguments.trainers, arguments.plans
+    plans = plans * len(trainers) if len(plans) == 1 else plans
+    if len(plans) != len(trainers):
+        raise CommandError(f"-p: give one name for all trainers or one for each: {len(plans)} for {len(trainers)}")
+    folds = read_folds(preprocessed, list(dict.fromkeys(arguments.folds)))
+    cases = tuple(case for some in folds.values() for case in some)
+    found = []
+    for trainer, name in dict.fromkeys(zip(trainers, plans, strict=True)):
+        for configuration in dict.fromkeys(arguments.configurations):
+            model = f"{trainer}__{name}__{configuration}"
+            folders = tuple((results / model / f"fold_{fold}" / "validation", some) for fold, some in folds.items())
+            found.append(_Model(model, trainer, folders))
+    names = [model.name for model in found]
+    for ensemble in sorted((results / "ensembles").glob("ensemble___*___*___*")):
+        members = ensemble.name.split("___")
+        if all(member in names for member in members[1:3]) and members[3] == "_".join(folds):
+            found.append(_Model(f"ensemble of {members[1]} and {members[2]}", "", ((ensemble, cases),)))
+    for given in arguments.predictions:
+        name, equals, folder = given.partition("=")
+        if not equals or not Path(folder).is_dir():
+            raise CommandError(f"--predictions {given}: give NAME=DIR, and DIR must be a folder")
+        found.append(_Model(name, name, ((Path(folder), cases),)))
+    return found
+
+
+def _baseline(wanted: str | None, models: Sequence[_Model]) -> str:
+    if wanted is None:
+        return models[0].name
+    found = [model.name for model in models if wanted in (model.name, model.trainer)]
+    if len(found) == 1:
+        return found[0]
+    names = ", ".join(found or [model.name for model in models])
+    raise CommandError(f"--baseline {wanted}: name one of {names}")
+
+
+def _summary(model: _Model, preprocessed: Path, convention: Convention, processes: int) -> dict[str, Any]:
+    """Scores of a model over all of its folds; what h2a_crossval has measured is not measured again."""
+    from nnunet_h2a.evaluation.conventions import by_name
+    from nnunet_h2a.evaluation.masks import Labels
+    from nnunet_h2a.evaluation.run_cases import measure_all, patients_of, scored_cases
+    from nnunet_h2a.evaluation.score_case import Job
+    from nnunet_h2a.evaluation.summary import summarise
+
+    dataset_json = read_json(preprocessed / "dataset.json", "nnU-Net's planning", ["labels", "file_ending"])
+    conventions = by_name("all") if convention in by_name("all") else [convention]
+    wanted = tuple(sorted({part for each in conventions for part in each.wanted}))
+    job = Job(Labels.of_dataset(dataset_json), wanted, resample=False)
+    references = preprocessed / "gt_segmentations"
+    found: dict[str, Any] = {}
+    refused: dict[str, str] = {}
+    for folder, cases in model.folders:
+        pairs = _pairs(model.name, folder, references, cases, dataset_json["file_ending"])
+        cache = folder / MEASURES if convention in by_name("all") else folder / f"{MEASURES}.{convention.name}"
+        cache.parent.mkdir(exist_ok=True)
+        found |= measure_all(pairs, job, min(processes, len(pairs)), cache, refused.__setitem__)
+    if refused:
+        case, why = next(iter(refused.items()))
+        raise CommandError(f"{model.name}: {len(refused)} cases cannot be scored, {case}: {why}")
+    return summarise(convention, scored_cases(found, job, _patients(preprocessed, patients_of)), {})
+
+
+def _patients(preprocessed: Path, patients_of: Any) -> Mapping[str, str]:
+    """From the raw dataset's report, where it is at hand."""
+    try:
+        raw = nnunet_folder("nnUNet_raw") / preprocessed.name
+    except CommandError:
+        return {}
+    return patients_of(raw / "labelsTr")
+
+
+def _pairs(name: str, folder: Path, references: Path, cases: Sequence[str], ending: str) -> list[Pair]:
+    from nnunet_h2a.evaluation.masks import Pair
+
+    missing = [case for case in cases if not (folder / f"{case}{ending}").is_file()]
+    if missing:
+        raise CommandError(
+            f"{name} has not predicted {len(missing)} of {len(cases)} validation cases in {folder} ({missing[0]}): "
+            "finish it with  h2a_crossval , or choose its folds with -f"
+        )
+    return [Pair(case, references / f"{case}{ending}", folder / f"{case}{ending}") for case in cases]
+
+
+def _of_the_set(summary: Mapping[str, Any], convention: Convention) -> dict[str, float | None]:
+    """Numbers that a convention reports of the whole set."""
+    found: dict[str, float | None] = {}
+    for reported in convention.reported:
+        if reported == "aggregated dice":
+            for key, value in summary["aggregated_dice"].items():
+                found[f"aggregated Dice, {summary['by_label'][key]['name']}"] = value
+        elif reported.startswith("pooled "):
+            found[reported] = summary["pooled"][reported.removeprefix("pooled ")]
+        elif reported.endswith(" median"):
+            found[f"median {reported.removesuffix(' median')}"] = summary["median"][reported.removesuffix(" median")]
+    return found

@@ -1,0 +1,131 @@
+"""One case: read its files, measure every label."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from nnunet_h2a.evaluation.lesions import find_lesions
+from nnunet_h2a.evaluation.masks import (
+    CaseError,
+    Labels,
+    Pair,
+    difference_of_grids,
+    foreground,
+    labels_in,
+    labels_of,
+    on_grid_of,
+    read_image,
+)
+from nnunet_h2a.evaluation.measure import Measures, measure
+from nnunet_h2a.evaluation.pet import lesion_quantities, patient_quantities
+
+
+@dataclass(frozen=True)
+class Job:
+    """How cases are measured.
+
+    Attributes:
+        labels: what to score; None: every label that the files of a case hold.
+        wanted: see :func:`nnunet_h2a.evaluation.measure.measure`.
+        resample: bring predictions and images on the reference's grid, instead of refusing the case.
+        workers: threads per case.
+    """
+
+    labels: Labels | None
+    wanted: tuple[str, ...]
+    resample: bool
+    workers: int = 1
+
+
+def score_case(pair: Pair, job: Job) -> dict[str, Any]:
+    """Measure a case.
+
+    Returns:
+        ``measures``: for the name of each label, :class:`Measures` as a dictionary; ``pet``, where there is an image:
+        for the name of each label the patient's and the lesions' quantities, true and predicted; ``voxels``,
+        ``voxel_ml``, ``images``: size of the case; ``resampled``: what lay on another grid.
+
+    Raises:
+        CaseError: where a file cannot be used.
+    """
+    reference = read_image(pair.reference)
+    truth = labels_of(reference, pair.reference)
+    spacing = reference.GetSpacing()[::-1]
+    resampled: list[str] = []
+    predicted = labels_of(_on_grid(reference, pair.predicted, job, resampled, is_mask=True), pair.predicted)
+    pet = None
+    if pair.pet is not None:
+        import SimpleITK as sitk
+
+        image = _on_grid(reference, pair.pet, job, resampled, is_mask=False)
+        pet = sitk.GetArrayFromImage(sitk.Cast(image, sitk.sitkFloat32))
+        del image
+    del reference
+    labels = job.labels or Labels({str(n): (n,) for n in sorted(labels_in(truth) | labels_in(predicted))})
+    for array, path in ((truth, pair.reference), (predicted, pair.predicted)):
+        strange = labels_in(array) - labels.known if labels.known is not None else set()
+        if strange:
+            raise CaseError(
+                f"{path} holds the labels {sorted(strange)}, which dataset.json does not have: correct one of them, or "
+                "choose labels with -l"
+            )
+    ignored = None if labels.ignored is None else truth == labels.ignored
+    number_ignored = 0 if ignored is None else int(np.count_nonzero(ignored))
+    found: dict[str, Any] = {
+        "measures": {}, "voxels": truth.size - number_ignored, "voxel_ml": float(np.prod(spacing)) / 1000,
+        "images": len(truth), "resampled": resampled,
+    }  # fmt: skip
+    if pet is not None:
+        found["pet"] = {}
+    single = _single(labels, truth, predicted)
+    for _, name, integers in labels.scored():
+        # Where there is but one label the arrays themselves are the masks, and no copy is made.
+        one, other = (a.view(bool) if single else foreground(a, integers) for a in (truth, predicted))
+        if ignored is not None:
+            other &= ~ignored
+        found["measures"][name] = asdict(measure(one, other, spacing, job.wanted, number_ignored, job.workers))
+        if pet is not None:
+            found["pet"][name] = _quantities(pet, one, other, spacing, pair)
+    return found
+
+
+def _single(labels: Labels, truth: np.ndarray, predicted: np.ndarray) -> bool:
+    integers = [value for _, _, value in labels.scored()]
+    return integers == [(1,)] and all(a.dtype == np.uint8 and a.max(initial=0) <= 1 for a in (truth, predicted))
+
+
+def _on_grid(reference: Any, path: Any, job: Job, resampled: list[str], is_mask: bool) -> Any:
+    image = read_image(path)
+    difference = difference_of_grids(reference, image)
+    if difference is None:
+        return image
+    if not job.resample:
+        raise CaseError(
+            f"{path} and the reference differ in {difference}: predict on the reference's grid, or --resample"
+        )
+    resampled.append(f"{path.name}: {difference}")
+    return on_grid_of(reference, image, is_mask)
+
+
+def _quantities(
+    pet: np.ndarray, truth: np.ndarray, predicted: np.ndarray, spacing: Sequence[float], pair: Pair
+) -> dict[str, dict[str, Any]]:
+    common = np.flatnonzero(truth & predicted)
+    sides = {}
+    for side, mask in (("true", truth), ("predicted", predicted)):
+        if not np.isfinite(pet[mask]).all():
+            raise CaseError(f"{pair.pet} holds values in lesions that are no numbers: write it again")
+        lesions = lesion_quantities(pet, mask, find_lesions(mask, common, keep_labels=True), spacing)
+        sides[side] = {"patient": patient_quantities(lesions, spacing), "lesions": lesions}
+    return sides
+
+
+def empty_measures(found: dict[str, Any], wanted: Sequence[str]) -> Measures:
+    """Measures of a label that neither file of a case holds."""
+    shape = (found["images"], 1, 1)
+    nothing = measure(np.zeros(shape, bool), np.zeros(shape, bool), (1.0, 1.0, 1.0), wanted)
+    return Measures(**asdict(nothing) | {"tn": found["voxels"], "voxel_ml": found["voxel_ml"]})

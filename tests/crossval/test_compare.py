@@ -1,0 +1,171 @@
+"""``h2a_compare``: the table's numbers against SciPy and by hand, and its files."""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+import shutil
+
+import numpy as np
+import pytest
+from scipy.stats import wilcoxon
+
+from nnunet_h2a.evaluation import run_cases
+from nnunet_h2a.evaluation.compare import main
+from nnunet_h2a.evaluation.comparison import compare, disagreements, holm, paired_p
+from tests.crossval.conftest import CASES, DATASET
+
+
+def test_holm_by_hand():
+    # 0.01 x 4, 0.02 x 3, 0.03 x 2, 0.04 x 1 and never less than the one before.
+    assert holm([0.02, 0.01, 0.04, 0.03]) == pytest.approx([0.06, 0.04, 0.06, 0.06])
+    assert holm([0.5, None, 0.6]) == [1, None, 1]
+    assert holm([None]) == [None]
+
+
+def test_wilcoxon_takes_the_pairs_that_are_defined():
+    rng = np.random.default_rng(0)
+    one, other = rng.random(20), rng.random(20) + 0.2
+    expected = wilcoxon(one[2:], other[2:]).pvalue
+    assert paired_p([None, 0.5, *one[2:]], [0.1, None, *other[2:]]) == (pytest.approx(expected), 18)
+    assert paired_p([1, 2], [1, 2]) == (1, 2)
+    assert paired_p([None], [1]) == (None, 0)
+
+
+def summary(dice, hd95):
+    """What of an evaluation file is compared."""
+    columns = {"dice": dice, "hd95": hd95}
+    statistics = {
+        name: {metric: float(function(values)) for metric, values in columns.items()}
+        for name, function in (("mean", np.mean), ("std", np.std), ("median", np.median), ("n", len))
+    }
+    cases = [{"case": f"c{k}", "label": 1, "dice": dice[k], "hd95": hd95[k]} for k in range(len(dice))]
+    return {"cases": cases, "ci95": {"dice": None, "hd95": [0, 1]}, **statistics}
+
+
+def test_ranks_and_tests():
+    rng = np.random.default_rng(1)
+    base = rng.random(12)
+    summaries = {
+        "base": summary(base, base), "better": summary(base + 0.1, base - 0.1), "same": summary(base, base),
+        "worse": summary(base - rng.random(12), base + 1),
+    }  # fmt: skip
+    table = compare(summaries, "base", ["dice", "hd95"])
+    assert {name: cells["dice"].rank for name, cells in table.items()} == {
+        "base": 2,
+        "better": 1,
+        "same": 2,
+        "worse": 3,
+    }
+    assert {name: cells["hd95"].rank for name, cells in table.items()} == {
+        "base": 2,
+        "better": 1,
+        "same": 2,
+        "worse": 3,
+    }
+    assert table["base"]["dice"].p is None
+    assert table["same"]["dice"].p == 1
+    exact = wilcoxon(np.round(base + 0.1, 15), base).pvalue
+    assert table["better"]["dice"].p == pytest.approx(exact)
+    assert table["better"]["dice"].p_holm == pytest.approx(3 * exact)
+    assert table["better"]["dice"].pairs == 12
+
+
+def test_the_most_disputed_cases_come_first():
+    found = disagreements({"a": summary([1, 0.5, 0.2], [0] * 3), "b": summary([1, 0.4, 0.9], [0] * 3)})
+    assert [item.case for item in found] == ["c2", "c1"]
+    assert found[0].dice == {"a": 0.2, "b": 0.9}
+    assert found[0].spread == pytest.approx(0.35)
+
+
+@pytest.fixture
+def arguments(dataset, predicted, tmp_path):
+    for trainer, shift in (("nnUNetTrainer", 1), ("nnUNetTrainerH2ASeg", 0), ("Third", 2)):
+        predicted(trainer, shift)
+    return ["-d", "801", "-c", "3d_fullres", "-f", "0", "1", "-np", "1", "-o", str(tmp_path / "table"), "-tr",
+            "nnUNetTrainer", "nnUNetTrainerH2ASeg", "Third"]  # fmt: skip
+
+
+def test_files(arguments, tmp_path, capsys):
+    assert main([*arguments, "--convention", "hecktor"]) == 0
+    text = (tmp_path / "table" / "comparison.md").read_text()
+    assert text in capsys.readouterr().out
+    ours = "nnUNetTrainerH2ASeg__nnUNetPlans__3d_fullres"
+    (line,) = [line for line in text.splitlines() if line.startswith(f"| {ours} | **1 ± 0**")]
+    # The last columns are the set's: aggregated Dice, and the median of HD95.
+    assert line.endswith("| 1 | 0 |")
+    assert text.count("<u>") > 3
+    assert "differs from nnUNetTrainer__nnUNetPlans__3d_fullres" in text
+    assert all(case in text for case in CASES[:1])
+    rows = list(csv.DictReader((tmp_path / "table" / "comparison.csv").open()))
+    (row,) = [row for row in rows if row["model"] == ours and row["metric"] == "dice"]
+    assert (row["mean"], row["n"], row["rank"]) == ("1.0", "4", "1")
+    tex = (tmp_path / "table" / "comparison.tex").read_text()
+    assert r"nnUNetTrainerH2ASeg\_\_nnUNetPlans\_\_3d\_fullres & \textbf{1 $\pm$ 0}" in tex
+    assert r"Dice $\uparrow$" in tex
+    assert not re.search(r"(?<!\\)_", tex)
+    columns = {line.count("&") for line in tex.splitlines() if line.endswith(r"\\")}
+    assert len(columns) == 1
+    assert (tmp_path / "table" / "comparison.png").read_bytes().startswith(b"\x89PNG")
+    assert sorted(p.name for p in (tmp_path / "table").iterdir()) == [
+        f"comparison.{ending}" for ending in ("csv", "md", "png", "tex")
+    ]
+
+
+def test_what_was_measured_is_not_measured_again(arguments, monkeypatch, capsys):
+    assert main(arguments) == 0
+    first = capsys.readouterr().out
+
+    def never(pair, job):
+        raise AssertionError
+
+    monkeypatch.setattr(run_cases, "score_case", never)
+    assert main(arguments) == 0
+    assert capsys.readouterr().out == first
+
+
+def test_ensembles_and_other_programs(arguments, tmp_path, capsys):
+    results = tmp_path / "nnUNet_results" / DATASET
+    names = [f"{trainer}__nnUNetPlans__3d_fullres" for trainer in ("nnUNetTrainer", "nnUNetTrainerH2ASeg")]
+    ensemble = results / "ensembles" / f"ensemble___{names[0]}___{names[1]}___0_1"
+    other = results / "ensembles" / f"ensemble___{names[0]}___Unknown__P__2d___0_1"
+    for folder in (ensemble, other, tmp_path / "elsewhere"):
+        folder.mkdir(parents=True)
+        for case in CASES:
+            (path,) = (results / names[1]).glob(f"fold_*/validation/{case}.nii.gz")
+            shutil.copy(path, folder)
+    assert main([*arguments, "--predictions", f"elsewhere={tmp_path / 'elsewhere'}", "--baseline", "Third"]) == 0
+    out = capsys.readouterr().out
+    assert f"| ensemble of {names[0]} and {names[1]} | **1 ± 0**" in out
+    assert "| elsewhere | **1 ± 0**" in out
+    assert "Unknown" not in out
+    assert "differs from Third__nnUNetPlans__3d_fullres" in out
+
+
+@pytest.mark.parametrize(
+    ("more", "text"),
+    [
+        (["-tr", "nnUNetTrainer"], "there is one model only"),
+        (["-tr", "nnUNetTrainer", "Missing"], "Missing__nnUNetPlans__3d_fullres has not predicted 2 of 2"),
+        (["--baseline", "x"], "--baseline x: name one of nnUNetTrainer__"),
+        (["--metrics", "dice", "x"], "--metrics x: choose of dice, iou"),
+        (["--convention", "all"], "one at a time"),
+        (["--convention", "x"], "choose one of autopet"),
+        (["--predictions", "x"], "give NAME=DIR"),
+        (["-f", "7"], "-f 7"),
+    ],
+)
+def test_nothing_is_done(arguments, tmp_path, capsys, more, text):
+    assert main([*arguments, *more]) == 2
+    error = capsys.readouterr().err
+    assert text in error
+    assert error.count("\n") == 1
+    assert not (tmp_path / "table").exists()
+
+
+def test_some_metrics(arguments, tmp_path):
+    assert main([*arguments, "--metrics", "dice", "assd"]) == 0
+    rows = list(csv.DictReader((tmp_path / "table" / "comparison.csv").open()))
+    assert {row["metric"] for row in rows} == {"dice", "assd"}
+    assert json.loads((tmp_path / "nnUNet_preprocessed" / DATASET / "dataset.json").read_text())

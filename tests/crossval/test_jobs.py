@@ -1,0 +1,266 @@
+"""What is still to be done, as it is read from nnU-Net's files."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from nnunetv2.utilities.crossval_split import generate_crossval_split
+
+from nnunet_h2a.command import CommandError
+from nnunet_h2a.crossval.command import _jobs as jobs_of
+from nnunet_h2a.crossval.command import build_parser, main
+from nnunet_h2a.crossval.jobs import FINISHED, SCORING, TRAINING, VALIDATING, WAITING, progress_of
+from nnunet_h2a.crossval.run_job import BUSY, Settings, is_busy, next_command, run_job
+from nnunet_h2a.crossval.schedule import Table, duration, run_all, seconds_left
+from tests.crossval.conftest import CASES, DATASET
+
+SETTINGS = Settings("cpu", False, ".nii.gz")
+
+
+def jobs(dataset, tmp_path, *more):
+    arguments = build_parser().parse_args(["-d", "801", "-c", "3d_fullres", "-f", "0", "1", *more])
+    return jobs_of(arguments, dataset, tmp_path / "nnUNet_results")[1]
+
+
+def test_jobs_of_all_folds_trainers_and_plans(dataset, tmp_path):
+    found = jobs(dataset, tmp_path, "-tr", "nnUNetTrainer", "nnUNetTrainerH2ASeg")
+    assert [(job.trainer, job.fold) for job in found] == [
+        ("nnUNetTrainer", "0"), ("nnUNetTrainerH2ASeg", "0"), ("nnUNetTrainer", "1"), ("nnUNetTrainerH2ASeg", "1")
+    ]  # fmt: skip
+    assert (
+        found[0].folder == tmp_path / "nnUNet_results" / DATASET / "nnUNetTrainer__nnUNetPlans__3d_fullres" / "fold_0"
+    )
+    assert found[2].cases == ("case_2", "case_3")
+    (dataset / "Other.json").write_text((dataset / "nnUNetPlans.json").read_text())
+    found = jobs(dataset, tmp_path, "-tr", "A", "B", "-p", "nnUNetPlans", "Other")
+    assert {(job.trainer, job.plans) for job in found} == {("A", "nnUNetPlans"), ("B", "Other")}
+    assert jobs(dataset, tmp_path, "-f", "all")[0].cases == tuple(CASES)
+
+
+def test_the_first_stage_of_a_cascade_comes_first(dataset, tmp_path):
+    found = jobs(dataset, tmp_path, "-c", "3d_cascade_fullres", "3d_lowres")
+    assert {job.after for job in found} == {None, "nnUNetTrainer__nnUNetPlans__3d_lowres"}
+
+
+@pytest.mark.parametrize(
+    ("more", "text"),
+    [
+        (["-f", "5"], "-f 5: "),
+        (["-f", "x"], "-f x: "),
+        (["-c", "3d_x"], "no configuration 3d_x; they have 3d_fullres"),
+        (["-c", "2d"], "holds no cases: run  nnUNetv2_preprocess -d 801"),
+        (["-p", "A", "B", "C", "-tr", "X", "Y"], "3 for 2"),
+        (["-p", "A"], "has no plans A"),
+    ],
+)
+def test_bad_arguments(dataset, tmp_path, more, text):
+    with pytest.raises(CommandError, match=text):
+        jobs(dataset, tmp_path, *more)
+
+
+def test_missing_folds_are_those_that_nnunet_would_make(dataset, tmp_path):
+    (dataset / "splits_final.json").unlink()
+    for number in range(4, 7):
+        (dataset / "nnUNetPlans_3d_fullres" / f"case_{number}.pkl").touch()
+    jobs(dataset, tmp_path)
+    expected = generate_crossval_split(sorted(np.array([f"case_{n}" for n in range(7)])))
+    assert json.loads((dataset / "splits_final.json").read_text()) == json.loads(json.dumps(expected))
+
+
+def test_what_comes_next(dataset, tmp_path):
+    job = jobs(dataset, tmp_path)[0]
+    assert progress_of(job, ".nii.gz", False).stage == WAITING
+    step = next_command(job, SETTINGS)
+    assert step[1:4] == [DATASET, "3d_fullres", "0"]
+    assert step[-1] == "--c"
+    job.folder.mkdir(parents=True)
+    (job.folder / "training_log_1.txt").write_text(
+        "2026-01-01 10:00:00: Epoch 0\nEpoch time: 9.0 s\nEpoch 1\nEpoch time: 2.5 s\nEpoch 2 \nEpoch time: 2.0 s\n"
+        "Epoch 3\n"
+    )
+    assert progress_of(job, ".nii.gz", False) == (progress := progress_of(job, ".nii.gz", False))
+    assert (progress.stage, progress.epoch, progress.epoch_seconds) == (TRAINING, 3, 2.5)
+    (job.folder / "checkpoint_final.pth").touch()
+    assert progress_of(job, ".nii.gz", False).stage == VALIDATING
+    assert next_command(job, SETTINGS)[-1] == "--val"
+    job.validation.mkdir()
+    for case in job.cases:
+        (job.validation / f"{case}.nii.gz").touch()
+    assert next_command(job, SETTINGS)[-1] == "--val"
+    (job.validation / "summary.json").write_text("{}")
+    assert progress_of(job, ".nii.gz", False).stage == SCORING
+    # Probabilities that were not kept are made again where they are wanted.
+    assert next_command(job, Settings("cpu", True, ".nii.gz"))[-2:] == ["--npz", "--val"]
+    step = next_command(job, SETTINGS)
+    assert step[0].endswith("h2a_evaluate")
+    job.scores.parent.mkdir()
+    job.scores.with_name("summary_autopet.json").touch()
+    assert progress_of(job, ".nii.gz", False).stage == FINISHED
+    assert next_command(job, SETTINGS) is None
+    # A validation that was repeated since is scored anew.
+    later = time.time() + 10
+    os.utime(job.validation / "summary.json", (later, later))
+    assert progress_of(job, ".nii.gz", False).stage == SCORING
+
+
+def test_scores_of_a_finished_fold(predicted, dataset, tmp_path):
+    predicted("nnUNetTrainer", 0)
+    assert main(["-d", "801", "-c", "3d_fullres", "-f", "0", "1", "-device", "cpu", "--job", "1"]) == 0
+    job = jobs(dataset, tmp_path)[1]
+    found = json.loads(job.scores.with_name("summary_hecktor.json").read_text())
+    assert found["aggregated_dice"] == {"1": 1.0}
+    assert {entry["case"] for entry in found["cases"]} == {"case_2", "case_3"}
+    assert run_job(job, SETTINGS, {}) == 0
+
+
+def test_a_command_that_fails_or_does_nothing(dataset, tmp_path, monkeypatch):
+    job = jobs(dataset, tmp_path)[0]
+    program = [sys.executable, "-c", "print('ValueError: no such thing'); raise SystemExit(3)"]
+    monkeypatch.setattr("nnunet_h2a.crossval.run_job.next_command", lambda job, settings: program)
+    assert run_job(job, SETTINGS, {}) == 3
+    assert "ValueError: no such thing" in job.log.read_text()
+    monkeypatch.setattr("nnunet_h2a.crossval.run_job.next_command", lambda job, settings: [sys.executable, "-c", ""])
+    assert run_job(job, SETTINGS, {}) == 1
+    assert "is not there" in job.log.read_text()
+
+
+def test_two_runs_do_not_work_on_one_job(dataset, tmp_path):
+    """The lock is held by what was started, also after the process that started it was killed."""
+    job = jobs(dataset, tmp_path)[0]
+    program = (
+        "import sys, time; from nnunet_h2a.crossval import run_job as r; from pathlib import Path\n"
+        "r.next_command = lambda job, settings: [sys.executable, '-c', 'import time; time.sleep(60)']\n"
+        f"class J: lock = Path({str(job.lock)!r}); log = Path({str(job.log)!r})\n"
+        "r.run_job(J, None, {})"
+    )
+    assert not is_busy(job)
+    with subprocess.Popen([sys.executable, "-c", program]) as process:
+        for _ in range(300):
+            if job.log.is_file() and is_busy(job):
+                break
+            time.sleep(0.1)
+        assert is_busy(job)
+        assert run_job(job, SETTINGS, {}) == BUSY
+        child = subprocess.run(
+            ["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=True
+        ).stdout.split()
+        process.kill()
+        process.wait()
+        assert is_busy(job)
+        subprocess.run(["kill", "-9", *child], check=True)
+        for _ in range(100):
+            if not is_busy(job):
+                break
+            time.sleep(0.1)
+    assert not is_busy(job)
+
+
+class FakeSlot:
+    """A place whose jobs take a few looks; it notes what ran when."""
+
+    def __init__(self, name, codes, finish, notes):
+        self.name, self.codes, self.finish, self.notes = name, codes, finish, notes
+        self.left = 0
+
+    def start(self, job, number):
+        self.job, self.left = job, 2
+        self.notes.append((self.name, job.model, job.fold))
+
+    def poll(self):
+        self.left -= 1
+        if self.left:
+            return None
+        code = self.codes.get((self.job.trainer, self.job.fold), 0)
+        if code == 0:
+            self.finish(self.job)
+        return code.pop() if isinstance(code, list) else code
+
+    def stop(self):
+        self.notes.append((self.name, "stopped"))
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    monkeypatch.setattr("nnunet_h2a.crossval.schedule.LOOK", 0.0)
+    monkeypatch.setattr("nnunet_h2a.crossval.schedule.ASK_AGAIN", 0.0)
+
+
+@pytest.mark.usefixtures("quick")
+def test_all_jobs_run_once_on_two_places_and_a_failure_stops_nothing_else(dataset, tmp_path):
+    found = jobs(dataset, tmp_path, "-tr", "A", "B", "C")
+    notes, shown = [], []
+    codes = {("B", "0"): 1, ("C", "0"): [0, BUSY]}
+    slots = [FakeSlot(name, codes, lambda job: None, notes) for name in ("one", "two")]
+    failed = run_all(found, slots, SETTINGS, lambda progress, places: shown.append(dict(progress)))
+    assert [(job.trainer, job.fold) for job in failed] == [("B", "0")]
+    started = [note[1:] for note in notes]
+    assert len(started) == 7
+    assert started.count(("C__nnUNetPlans__3d_fullres", "0")) == 2
+    assert {name for name, *_ in notes} == {"one", "two"}
+    assert [state.stage for state in shown[-1].values()] == [
+        "finished", "failed", "finished", "finished", "finished", "finished",
+    ]  # fmt: skip
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_cascade_waits_for_all_folds_of_its_first_stage(dataset, tmp_path):
+    found = jobs(dataset, tmp_path, "-c", "3d_cascade_fullres", "3d_lowres")
+    notes = []
+    slots = [FakeSlot(name, {}, lambda job: None, notes) for name in ("one", "two", "three")]
+    assert run_all(found, slots, SETTINGS, lambda progress, places: None) == {}
+    assert [model.rpartition("__")[2] for _, model, _ in notes] == ["3d_lowres"] * 2 + ["3d_cascade_fullres"] * 2
+    slots = [FakeSlot("one", {("nnUNetTrainer", "0"): 1}, lambda job: None, notes)]
+    failed = run_all(found, slots, SETTINGS, lambda progress, places: None)
+    assert len(failed) == 3
+    assert any("waits for nnUNetTrainer__nnUNetPlans__3d_lowres, which failed" in why for why in failed.values())
+
+
+@pytest.mark.usefixtures("quick")
+def test_what_runs_is_stopped_with_us(dataset, tmp_path):
+    notes = []
+
+    def interrupted(progress, places):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run_all(jobs(dataset, tmp_path), [FakeSlot("one", {}, None, notes)], SETTINGS, interrupted)
+    assert notes[-1] == ("one", "stopped")
+
+
+def test_the_table(dataset, tmp_path):
+    from nnunet_h2a.crossval.jobs import Progress
+
+    first, second = jobs(dataset, tmp_path)
+    table = Table({first.model: 100}, 1)
+    lines = table.lines({first: Progress(TRAINING, 40, 90.0), second: Progress(WAITING)}, {first: "GPU 0"})
+    assert lines[1].split("  ")[-1] == "90 min"
+    assert "training on GPU 0" in lines[1]
+    assert "40/100" in lines[1]
+    # What has not begun takes as long per epoch as what runs.
+    assert lines[2].endswith("2 h 30 min")
+    assert lines[3] == "0 of 2 finished; training left: 4 h 00 min"
+    assert seconds_left(Progress(TRAINING, 3, None), 10, None) is None
+    assert seconds_left(Progress(FINISHED), 10, None) == 0
+    assert [duration(s) for s in (None, 5, 120, 3600 * 30)] == ["?", "5 s", "2 min", "30 h 00 min"]
+
+
+def test_slurm_script_runs_each_job(predicted, dataset, tmp_path):
+    predicted("nnUNetTrainer", 0)
+    script = tmp_path / "folder with blanks" / "jobs.sh"
+    script.parent.mkdir()
+    arguments = ["-d", "801", "-c", "3d_fullres", "-f", "0", "1", "-device", "cpu"]
+    assert main([*arguments, "--slurm", str(script)]) == 0
+    text = script.read_text()
+    assert "#SBATCH --array=0-1\n" in text
+    assert "gpu" not in text
+    assert f"export nnUNet_results={tmp_path / 'nnUNet_results'}\n" in text
+    subprocess.run(["bash", str(script)], env={"PATH": os.environ["PATH"], "SLURM_ARRAY_TASK_ID": "0"}, check=True)
+    assert [progress_of(job, ".nii.gz", False).stage for job in jobs(dataset, tmp_path)] == [FINISHED, SCORING]
+    with pytest.raises(SystemExit):
+        main([*arguments, "--slurm", str(script), "--dask", "tcp://x"])

@@ -1,0 +1,325 @@
+"""``h2a_evaluate`` as a user types it: files, folders, errors, and going on."""
+
+from __future__ import annotations
+
+import csv
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import SimpleITK as sitk
+
+from nnunet_h2a.evaluation import run_cases
+from nnunet_h2a.evaluation.evaluate import main
+from nnunet_h2a.evaluation.score_case import score_case
+
+SPACING = (1.5, 2.0, 3.0)
+
+
+def write(path, array, spacing=SPACING, origin=(5.0, -3.0, 10.0), direction=None):
+    image = sitk.GetImageFromArray(np.asarray(array))
+    if image.GetDimension() == 3:
+        image.SetSpacing(spacing)
+        image.SetOrigin(origin)
+        image.SetDirection(direction or np.eye(3).ravel())
+    path.parent.mkdir(exist_ok=True)
+    sitk.WriteImage(image, str(path))
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[:-20])
+
+
+@pytest.fixture
+def folders(tmp_path):
+    """Three cases of two labels; the last one has no lesion and no prediction."""
+    rng = np.random.default_rng(0)
+    truth = np.zeros((3, 6, 16, 20), np.uint8)
+    truth[0, 1:4, 2:8, 3:9] = 1
+    truth[0, 5, 12:15, 15:19] = 2
+    truth[1, 2:5, 5:9, 6:16] = 2
+    predicted = np.roll(truth, 1, axis=3)
+    predicted[1, 0, 0, 0] = 1
+    predicted[2] = 0
+    for case in range(3):
+        write(tmp_path / "labelsTr" / f"case_{case}.nii.gz", truth[case])
+        write(tmp_path / "predicted" / f"case_{case}.nii.gz", predicted[case])
+        write(tmp_path / "imagesTr" / f"case_{case}_0000.nii.gz", rng.normal(0, 100, truth[0].shape).astype(np.float32))
+        write(tmp_path / "imagesTr" / f"case_{case}_0001.nii.gz", rng.gamma(2, 2, truth[0].shape).astype(np.float32))
+    content = {"channel_names": {"0": "CT", "1": "PET"}, "labels": {"background": 0, "tumor": 1, "node": 2}}
+    (tmp_path / "dataset.json").write_text(json.dumps(content))
+    return tmp_path
+
+
+def arguments(folders, *more):
+    return [
+        "-ref", str(folders / "labelsTr"), "-pred", str(folders / "predicted"), "-o", str(folders / "out" / "s.json"),
+        "-np", "1", *map(str, more),
+    ]  # fmt: skip
+
+
+def result(folders, name="s.json"):
+    return json.loads((folders / "out" / name).read_text())
+
+
+def cases(folders):
+    return {(entry["case"], entry["label"]): entry for entry in result(folders)["cases"]}
+
+
+def test_one_convention(folders, capsys):
+    assert main(arguments(folders)) == 0
+    found = cases(folders)
+    assert set(found) == {(f"case_{case}", label) for case in range(3) for label in (1, 2)}
+    # Blocks of 3 x 6 x 6 voxels, moved by one.
+    assert found["case_0", 1]["dice"] == pytest.approx(2 * 90 / 216)
+    assert found["case_0", 1]["hd"] == pytest.approx(1.5)
+    # Voxels of 1.5 x 2 x 3 mm; one lesion of the other label is missed and none of this one.
+    assert (
+        found["case_1", 1] | {"dice": None, "fp_volume_ml": pytest.approx(0.009), "fn_volume_ml": None}
+        == found["case_1", 1]
+    )
+    assert found["case_2", 2]["dice"] is None
+    printed = capsys.readouterr().out
+    assert "autopet: 3 cases" in printed
+    assert printed.startswith((folders / "out" / "s.md").read_text())
+    rows = list(csv.DictReader((folders / "out" / "s.csv").open()))
+    assert len(rows) == 6
+    assert float(rows[0]["dice"]) == found["case_0", 1]["dice"]
+    assert rows[4]["dice"] == ""
+    assert sorted(p.name for p in (folders / "out").iterdir()) == ["s.csv", "s.json", "s.md"]
+
+
+def test_all_conventions_measure_once(folders, monkeypatch):
+    read = []
+
+    def noted(pair, job):
+        read.append(pair.case)
+        return score_case(pair, job)
+
+    monkeypatch.setattr(run_cases, "score_case", noted)
+    assert main(arguments(folders, "--convention", "all")) == 0
+    assert len(read) == 3
+    names = ("autopet", "hecktor", "cipa", "h2aseg", "isanet")
+    assert [result(folders, f"s_{name}.json")["convention"] for name in names] == list(names)
+
+
+@pytest.mark.parametrize("name", ["hecktor-as-published", "cipa-as-published", "h2aseg-as-published"])
+def test_faults_are_named(folders, capsys, name):
+    assert main(arguments(folders, "--convention", name)) == 0
+    assert "reproduced" in capsys.readouterr().out
+
+
+def test_pet(folders):
+    assert main(arguments(folders, "-img", folders / "imagesTr")) == 0
+    found = cases(folders)["case_0", 1]["pet"]
+    pet = sitk.GetArrayFromImage(sitk.ReadImage(str(folders / "imagesTr" / "case_0_0001.nii.gz")))
+    assert found["true"]["patient"]["suv_max"] == pet[1:4, 2:8, 3:9].max()
+    assert found["predicted"]["patient"]["tmtv_ml"] == pytest.approx(0.009 * 108)
+    agreement = result(folders)["pet_agreement"]["1"]
+    assert agreement["tmtv_ml"]["n"] == 3
+    assert agreement["tmtv_ml"]["bias"] == pytest.approx(0.009 / 3)
+    lesions = list(csv.DictReader((folders / "out" / "s_lesions.csv").open()))
+    assert [(row["case"], row["label"], row["mask"]) for row in lesions[:2]] == [
+        ("case_0", "1", "true"), ("case_0", "1", "predicted")
+    ]  # fmt: skip
+
+
+def test_labels_without_a_dataset_json(folders):
+    (folders / "dataset.json").unlink()
+    assert main(arguments(folders)) == 0
+    assert set(cases(folders)) == {(f"case_{case}", label) for case in range(3) for label in (1, 2)}
+    assert main(arguments(folders, "-l", "2")) == 0
+    assert {label for _, label in cases(folders)} == {2}
+
+
+def test_an_absent_label_is_empty_and_not_left_out(folders):
+    (folders / "dataset.json").unlink()
+    assert main(arguments(folders, "--convention", "cipa")) == 0
+    found = result(folders)
+    assert cases(folders)["case_2", 1]["hd95"] == 0
+    assert found["by_label"]["1"]["n"]["hd95"] == 17
+    # All voxels of three cases and two labels.
+    assert found["pooled"]["balanced_accuracy"] > 0.9
+
+
+def test_regions_and_ignored_voxels(folders):
+    content = {"labels": {"background": 0, "whole": [1, 2], "node": 2, "ignore": 3}, "regions_class_order": [1, 2]}
+    (folders / "predicted" / "dataset.json").write_text(json.dumps(content))
+    truth = np.zeros((2, 4, 10), np.uint8)
+    truth[:, :, :3], truth[:, :, 3] = 1, 2
+    truth[:, :, 8:] = 3
+    write(folders / "labelsTr" / "case_0.nii.gz", truth)
+    predicted = np.zeros(truth.shape, np.uint8)
+    predicted[:, :, 2:5] = 1
+    predicted[:, :, 9] = 2
+    write(folders / "predicted" / "case_0.nii.gz", predicted)
+    assert main(arguments(folders)) == 0
+    found = {str(entry["label"]): entry for entry in result(folders)["cases"] if entry["case"] == "case_0"}
+    assert {key: found["[1, 2]"][key] for key in ("tp", "fp", "fn", "label_name")} == {
+        "tp": 16, "fp": 8, "fn": 16, "label_name": "whole",
+    }  # fmt: skip
+    assert {key: found["2"][key] for key in ("tp", "fp", "fn")} == {"tp": 0, "fp": 0, "fn": 8}
+
+
+def test_patients_of_a_conversion_report(folders):
+    report = {"cases": {f"case_{case}": {"patient": "one"} for case in range(3)}}
+    (folders / "conversion_report.json").write_text(json.dumps(report))
+    assert main(arguments(folders)) == 0
+    assert result(folders)["ci95"]["fp_volume_ml"] is None
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        (lambda f: (f / "predicted" / "case_1.nii.gz").unlink(), "case_1: no prediction of case_1.nii.gz"),
+        (lambda f: (f / "predicted" / "case_1.nii.gz").write_bytes(b"no image"), "case_1.nii.gz: cannot be read"),
+        (lambda f: cut(f / "predicted" / "case_1.nii.gz"), "ended before the end-of-stream marker"),
+        (lambda f: write(f / "predicted" / "case_1.nii.gz", np.zeros((6, 16, 19), np.uint8)),
+         "differ in 20 x 16 x 6 and 19 x 16 x 6 voxels"),
+        (lambda f: write(f / "predicted" / "case_1.nii.gz", np.zeros((6, 16, 20), np.uint8), (1.5, 2, 4)),
+         "differ in spacings 1.5 x 2 x 3 and 1.5 x 2 x 4 mm"),
+        (lambda f: write(f / "predicted" / "case_1.nii.gz", np.zeros((6, 16, 20), np.uint8), origin=(5, -3, 11)),
+         "positions or orientations, by up to 1 mm"),
+        (lambda f: write(f / "predicted" / "case_1.nii.gz", np.full((6, 16, 20), 0.5, np.float32)), "no labels"),
+        (lambda f: write(f / "predicted" / "case_1.nii.gz", np.full((6, 16, 20), np.nan, np.float32)),
+         "holds 1920 voxels that are no numbers"),
+        (lambda f: write(f / "predicted" / "case_1.nii.gz", np.full((6, 16, 20), -1, np.int16)), "no labels"),
+        (lambda f: write(f / "predicted" / "case_1.nii.gz", np.full((6, 16, 20), 255, np.uint8)),
+         "holds the labels [255], which dataset.json does not have"),
+    ],
+)  # fmt: skip
+def test_cases_that_are_refused(folders, capsys, change, text):
+    change(folders)
+    assert main(arguments(folders)) == 1
+    captured = capsys.readouterr()
+    assert text in captured.err
+    assert captured.err.count("\n") == 1
+    found = result(folders)
+    assert list(found["refused"]) == ["case_1"]
+    assert {entry["case"] for entry in found["cases"]} == {"case_0", "case_2"}
+    assert "Not scored" in (folders / "out" / "s.md").read_text()
+
+
+def test_chill(folders):
+    (folders / "predicted" / "case_1.nii.gz").unlink()
+    assert main(arguments(folders, "--chill")) == 0
+
+
+def test_grids_are_brought_together_by_position(folders):
+    """The same tumour on a grid of twice the resolution that is turned round, in a larger field of view."""
+    mask = sitk.ReadImage(str(folders / "labelsTr" / "case_0.nii.gz"))
+    fine = np.zeros((16, 40, 50), np.uint8)
+    # Voxel centres of the finer grid: 0.25 voxels beside those of the coarser one.
+    fine[2:14, 4:36, 5:45] = sitk.GetArrayFromImage(mask).repeat(2, 0).repeat(2, 1).repeat(2, 2)
+    spacing = np.array(SPACING) / 2
+    origin = np.array([5.0, -3.0, 10.0]) - 0.5 * spacing - np.array([5, 4, 2]) * spacing
+    flipped = origin + np.array([49, 39, 0]) * spacing
+    flipped[2] = origin[2]
+    write(folders / "predicted" / "case_0.nii.gz", fine[:, ::-1, ::-1], tuple(spacing), tuple(flipped),
+          (-1, 0, 0, 0, -1, 0, 0, 0, 1))  # fmt: skip
+    assert main(arguments(folders)) == 1
+    assert main(arguments(folders, "--resample")) == 0
+    assert cases(folders)["case_0", 1]["dice"] == cases(folders)["case_0", 2]["dice"] == 1
+
+
+def test_a_hair_of_difference_in_headers_is_no_other_grid(folders):
+    mask = sitk.GetArrayFromImage(sitk.ReadImage(str(folders / "labelsTr" / "case_0.nii.gz")))
+    write(folders / "predicted" / "case_0.nii.gz", mask, (1.50001, 2, 3), (5.0001, -3, 10))
+    assert main(arguments(folders)) == 0
+
+
+def test_two_dimensions(folders):
+    for name in ("labelsTr", "predicted"):
+        mask = np.zeros((20, 30), np.uint8)
+        mask[3:6, 4 : 9 if name == "labelsTr" else 10] = 1
+        write(folders / name / "slice.png", mask)
+    assert main(arguments(folders, "--convention", "cipa")) == 0
+    assert cases(folders)["slice", 1]["hd95"] == 1
+
+
+@pytest.mark.parametrize(
+    ("more", "text"),
+    [
+        (["--convention", "x"], "--convention x: choose one of autopet"),
+        (["--convention", "isanet-as-published"], "no fault is known"),
+        (["-ref", "nowhere"], "nowhere is no folder"),
+        (["-img", "nowhere"], "nowhere is no folder"),
+        (["-djfile", "nowhere.json"], "nowhere.json does not exist"),
+        (["-o", "summary.txt"], "ends with .json"),
+        (["-ref", "."], "holds no label file"),
+    ],
+)
+def test_nothing_is_done(folders, capsys, monkeypatch, more, text):
+    (folders / "empty").mkdir()
+    monkeypatch.chdir(folders / "empty")
+    assert main(arguments(folders, *more)) == 2
+    captured = capsys.readouterr()
+    assert text in captured.err
+    assert captured.err.startswith("error: ")
+    assert captured.err.count("\n") == 1
+    assert not (folders / "out").exists()
+
+
+def test_two_files_of_one_case(folders, capsys):
+    write(folders / "predicted" / "case_0.nii", np.zeros((6, 16, 20), np.uint8))
+    assert main(arguments(folders)) == 2
+    assert "are both case case_0" in capsys.readouterr().err
+
+
+def test_which_channel_is_pet(folders, capsys):
+    (folders / "dataset.json").unlink()
+    assert main(arguments(folders, "-img", folders / "imagesTr")) == 2
+    assert "which channel is PET?" in capsys.readouterr().err
+    assert main(arguments(folders, "-img", folders / "imagesTr", "--pet-channel", 1)) == 0
+    (folders / "imagesTr" / "case_2_0001.nii.gz").unlink()
+    assert main(arguments(folders, "-img", folders / "imagesTr", "--pet-channel", 1)) == 1
+    assert "has no case_2_0001.*" in capsys.readouterr().err
+
+
+def test_goes_on_where_it_was_stopped(folders, monkeypatch):
+    scored, allowed = [], [2]
+
+    def stopped(pair, job):
+        if len(scored) == allowed[0]:
+            raise KeyboardInterrupt
+        scored.append(pair.case)
+        return score_case(pair, job)
+
+    monkeypatch.setattr(run_cases, "score_case", stopped)
+    assert main(arguments(folders)) == 130
+    progress = folders / "out" / "s.json.progress"
+    # As after a power failure: half a line.
+    progress.write_text(progress.read_text() + '{"fingerprint": "12')
+    # A prediction that has changed since is measured again.
+    write(folders / "predicted" / "case_0.nii.gz", np.zeros((6, 16, 20), np.uint8))
+    scored.clear()
+    allowed[0] = 9
+    assert main(arguments(folders)) == 0
+    assert scored == ["case_0", "case_2"]
+    assert cases(folders)["case_0", 1]["dice"] == 0
+    assert not progress.exists()
+
+
+def test_several_processes_give_the_same(folders):
+    assert main(arguments(folders, "--convention", "all")) == 0
+    one = {path.name: path.read_bytes() for path in (folders / "out").iterdir()}
+    assert main([*arguments(folders, "--convention", "all"), "-np", "2"]) == 0
+    assert one == {path.name: path.read_bytes() for path in (folders / "out").iterdir()}
+
+
+def test_help_names_everything(capsys):
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    assert "hecktor-as-published" in "".join(capsys.readouterr().out.split())
+
+
+def test_no_torch():
+    program = (
+        "import sys; from nnunet_h2a.evaluation.evaluate import main; main(sys.argv[1:]); print('torch' in sys.modules)"
+    )
+    command = [sys.executable, "-c", program, "-ref", ".", "-pred", "."]
+    finished = subprocess.run(command, capture_output=True, text=True, check=True, cwd=Path(__file__).parent)
+    assert finished.stdout.strip() == "False"
