@@ -6,6 +6,7 @@ import argparse
 import json
 import os
 import shlex
+import signal
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -23,6 +24,8 @@ def build_parser() -> argparse.ArgumentParser:
     """The command line of ``h2a_crossval``."""
     parser = argparse.ArgumentParser(
         prog="h2a_crossval",
+        # An abbreviated flag would not be found again in what the SLURM script repeats.
+        allow_abbrev=False,
         description="Train, validate and score every (trainer, fold) that is not finished yet with nnU-Net's own "
         "commands, one at a time on every GPU. Started again it goes on, also after it was killed. Exit code 1 if a "
         "job failed, 2 if nothing could be done.",
@@ -60,17 +63,22 @@ def _crossval(arguments: argparse.Namespace, given: Sequence[str]) -> int:
     preprocessed = dataset_folder(nnunet_folder("nnUNet_preprocessed"), arguments.dataset)
     results = nnunet_folder("nnUNet_results")
     dataset_json, jobs = _jobs(arguments, preprocessed, results)
+    if not isinstance(dataset_json.get("file_ending"), str):
+        raise CommandError(f"{preprocessed / 'dataset.json'} has no file_ending: copy the raw dataset's here")
     settings = Settings(arguments.device, arguments.npz, dataset_json["file_ending"])
     if arguments.job is not None:
         if not 0 <= arguments.job < len(jobs):
             raise CommandError(f"--job {arguments.job}: there are the jobs 0 to {len(jobs) - 1}")
+        # What SLURM and the process that has started this one send; and Ctrl-C also where a shell has it ignored.
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, signal.default_int_handler)
         return run_job(jobs[arguments.job], settings, {})
     models = list(dict.fromkeys((job.trainer, job.plans, job.configuration) for job in jobs))
     answer = _ask(preprocessed, models)
     if answer["missing"]:
         raise CommandError(f"nnU-Net finds no trainer {', '.join(answer['missing'])}: see  h2a_doctor -tr NAME")
     if arguments.slurm is not None:
-        return _write_slurm(arguments.slurm, jobs, given)
+        return _write_slurm(arguments.slurm, jobs, given, arguments.device)
     from nnunet_h2a.crossval.schedule import Table, run_all
     from nnunet_h2a.crossval.slots import dask_slots, local_slots
 
@@ -124,8 +132,16 @@ def _jobs(arguments: argparse.Namespace, preprocessed: Path, results: Path) -> t
 
 def _settled(configurations: dict[str, Any], name: str) -> dict[str, Any]:
     """A configuration with what it inherits."""
-    own = configurations[name]
-    return _settled(configurations, own["inherits_from"]) | own if "inherits_from" in own else own
+    found: dict[str, Any] = {}
+    seen: list[str] = []
+    following: str | None = name
+    while following is not None:
+        if following not in configurations or following in seen:
+            raise CommandError(f"plans: configuration {name} inherits from {following}, which is not there or itself")
+        seen.append(following)
+        found = configurations[following] | found
+        following = configurations[following].get("inherits_from")
+    return found
 
 
 def _ask(preprocessed: Path, models: Sequence[tuple[str, str, str]]) -> dict[str, Any]:
@@ -139,7 +155,7 @@ def _ask(preprocessed: Path, models: Sequence[tuple[str, str, str]]) -> dict[str
     return json.loads(finished.stdout.splitlines()[-1])
 
 
-def _write_slurm(path: Path, jobs: Sequence[Job], given: Sequence[str]) -> int:
+def _write_slurm(path: Path, jobs: Sequence[Job], given: Sequence[str], device: str) -> int:
     """Write the array script: task N runs job N; what is finished by then ends at once."""
     if any(job.after for job in jobs):
         raise CommandError(
@@ -157,7 +173,7 @@ def _write_slurm(path: Path, jobs: Sequence[Job], given: Sequence[str]) -> int:
         "#SBATCH --job-name=h2a_crossval",
         f"#SBATCH --array=0-{len(jobs) - 1}",
         "#SBATCH --cpus-per-task=12",
-        *(["#SBATCH --gres=gpu:1"] if "cpu" not in given else []),
+        *(["#SBATCH --gres=gpu:1"] if device == "cuda" else []),
         "#SBATCH --output=h2a_crossval_%A_%a.out",
         "set -u",
         *(

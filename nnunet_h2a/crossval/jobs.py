@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import statistics
+import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -69,6 +70,16 @@ class Job:
         return self.validation / SCORES / "summary.json"
 
     @property
+    def scored(self) -> Path:
+        """Written when every convention's scores are."""
+        return self.validation / SCORES / "finished"
+
+    @property
+    def summary(self) -> Path:
+        """nnU-Net's scores, which it writes when it has validated."""
+        return self.validation / "summary.json"
+
+    @property
     def log(self) -> Path:
         """Output of the commands; nnU-Net deletes nothing beside the folds."""
         return self.model_folder / f"h2a_crossval_fold_{self.fold}.log"
@@ -79,26 +90,34 @@ class Job:
         return self.model_folder / f"h2a_crossval_fold_{self.fold}.lock"
 
     def is_trained(self) -> bool:
-        """Whether nnU-Net has ended the training."""
-        return (self.folder / "checkpoint_final.pth").is_file()
+        """Whether nnU-Net has ended the training: a checkpoint that was cut off while it was written does not count."""
+        return is_whole(self.folder / "checkpoint_final.pth")
 
     def is_validated(self, file_ending: str, probabilities: bool) -> bool:
-        """Whether every validation case is predicted: nnU-Net writes its summary last.
+        """Whether every validation case is predicted by the final network: nnU-Net writes its summary last.
 
         Args:
             file_ending: of the dataset.
             probabilities: whether their probabilities are wanted too, for ensembles.
         """
-        if not (self.validation / "summary.json").is_file():
+        final = self.folder / "checkpoint_final.pth"
+        if not self.summary.is_file() or self.summary.stat().st_mtime < final.stat().st_mtime:
             return False
         endings = [file_ending, *([".npz"] if probabilities else [])]
         return all((self.validation / f"{case}{ending}").is_file() for case in self.cases for ending in endings)
 
     def is_scored(self) -> bool:
         """Whether our scores are there, and not older than the predictions."""
-        written = self.scores.with_name("summary_autopet.json")
-        nnunets = self.validation / "summary.json"
-        return written.is_file() and nnunets.is_file() and written.stat().st_mtime >= nnunets.stat().st_mtime
+        return (
+            self.scored.is_file()
+            and self.summary.is_file()
+            and self.scored.stat().st_mtime >= self.summary.stat().st_mtime
+        )
+
+
+def is_whole(checkpoint: Path) -> bool:
+    """Whether a checkpoint is there to its end: PyTorch's files are zip archives, whose list of contents comes last."""
+    return checkpoint.is_file() and zipfile.is_zipfile(checkpoint)
 
 
 @dataclass(frozen=True)
@@ -149,16 +168,23 @@ def read_folds(preprocessed: Path, folds: Sequence[str]) -> dict[str, tuple[str,
     path = preprocessed / "splits_final.json"
     try:
         splits = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise CommandError(f"{path} is not JSON ({error}): copy the raw dataset's here") from error
+        known = [tuple(str(case) for case in fold["val"]) for fold in splits]
+        if not isinstance(splits, list) or not all(isinstance(fold["val"], list) for fold in splits):
+            raise TypeError("no list of folds")
+    except (ValueError, TypeError, KeyError) as error:
+        raise CommandError(
+            f"{path} is damaged ({type(error).__name__}: {error}): copy the raw dataset's here"
+        ) from error
     found = {}
     for fold in folds:
         if fold == "all":
             found[fold] = tuple(_all_cases(preprocessed))
-        elif not fold.isdigit() or int(fold) >= len(splits):
-            raise CommandError(f"-f {fold}: {path} has the folds 0 to {len(splits) - 1}")
+        elif not fold.isdigit() or int(fold) >= len(known):
+            raise CommandError(f"-f {fold}: {path} has the folds 0 to {len(known) - 1}")
         else:
-            found[fold] = tuple(splits[int(fold)]["val"])
+            found[fold] = known[int(fold)]
+        if not found[fold]:
+            raise CommandError(f"-f {fold}: the fold validates on no case, see {path}")
     return found
 
 

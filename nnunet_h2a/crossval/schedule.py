@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 
+from nnunet_h2a.command import CommandError
 from nnunet_h2a.crossval.jobs import (
     FAILED,
     FINISHED,
@@ -65,6 +67,9 @@ def run_all(
             for job in [job for job in waiting if _lost(job, failed)]:
                 waiting.remove(job)
                 failed[job] = f"waits for {job.after}, which failed"
+            slots = [slot for slot in slots if slot in running or slot.is_there()]
+            if not slots:
+                raise CommandError("no worker is left: start some, and this command again, which goes on")
             for slot in (slot for slot in slots if slot not in running):
                 ready = [
                     job for job in waiting
@@ -144,7 +149,10 @@ class Table:
     def __call__(self, progress: Mapping[Job, Progress], places: Mapping[Job, str]) -> None:
         """Show how far the jobs are."""
         if self._live:
-            lines = self.lines(progress, places)
+            width, height = shutil.get_terminal_size()
+            # A line that wraps, or a table taller than the screen, could not be drawn over.
+            lines = [line[: width - 1] for line in self.lines(progress, places)]
+            lines = lines if len(lines) < height else [*lines[: height - 3], "…", lines[-1]]
             # Up to the first line of the last table, and clear to the end of the screen.
             sys.stdout.write(f"\x1b[{self._lines}F\x1b[J" if self._lines else "")
             sys.stdout.write("\n".join(lines) + "\n")

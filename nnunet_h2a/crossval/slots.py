@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import os
-import signal
 import subprocess
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Protocol
 
 from nnunet_h2a.command import CommandError
 from nnunet_h2a.crossval.jobs import Job
-from nnunet_h2a.crossval.run_job import Settings, run_job
+from nnunet_h2a.crossval.run_job import BUSY, Settings, run_job
 
 if TYPE_CHECKING:
     from distributed import Client, Future
@@ -29,6 +28,9 @@ class Slot(Protocol):
     def poll(self) -> int | None:
         """Exit code of the job, None while it runs."""
 
+    def is_there(self) -> bool:
+        """Whether jobs can still begin here."""
+
     def stop(self) -> None:
         """End the job now; it can be continued later."""
 
@@ -44,19 +46,27 @@ class LocalSlot:
 
     def start(self, job: Job, number: int) -> None:
         """See :class:`Slot`."""
-        self._process = subprocess.Popen(
-            [*self._command, "--job", str(number)], env=os.environ | self._environment, stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-        )  # fmt: skip
+        job.log.parent.mkdir(parents=True, exist_ok=True)
+        # In a session of its own: Ctrl-C reaches it once, through stop().
+        separate = {} if os.name == "nt" else {"start_new_session": True}
+        with job.log.open("a", encoding="utf-8") as log:
+            self._process = subprocess.Popen(
+                [*self._command, "--job", str(number)], env=os.environ | self._environment, stdin=subprocess.DEVNULL,
+                stdout=log, stderr=subprocess.STDOUT, **separate,
+            )  # fmt: skip
 
     def poll(self) -> int | None:
         """See :class:`Slot`."""
         return self._process.poll()
 
+    def is_there(self) -> bool:
+        """See :class:`Slot`."""
+        return True
+
     def stop(self) -> None:
         """See :class:`Slot`."""
         if self._process is not None and self._process.poll() is None:
-            self._process.send_signal(signal.SIGINT if os.name != "nt" else signal.SIGTERM)
+            self._process.terminate()
             self._process.wait()
 
 
@@ -72,15 +82,28 @@ class DaskSlot:
 
     def start(self, job: Job, number: int) -> None:
         """See :class:`Slot`."""
+        self._job = job
         self._future = self._client.submit(
             run_job, job, self._settings, self._environment, workers=[self.name], pure=False, retries=0
         )
 
     def poll(self) -> int | None:
-        """See :class:`Slot`."""
+        """See :class:`Slot`; the job of a worker that has left the cluster is begun again on another."""
         if not self._future.done():
-            return None
-        return self._future.result() if self._future.status == "finished" else 1
+            if self.is_there():
+                return None
+            self._future.cancel()
+            return BUSY
+        if self._future.status == "finished":
+            return self._future.result()
+        job_log, error = self._job.log, self._future.exception()
+        with job_log.open("a", encoding="utf-8") as log:
+            log.write(f"{type(error).__name__} on {self.name}: {error}\n")
+        return 1
+
+    def is_there(self) -> bool:
+        """See :class:`Slot`."""
+        return self.name in self._client.scheduler_info(n_workers=-1)["workers"]
 
     def stop(self) -> None:
         """See :class:`Slot`: a job that a worker has begun is left to it."""

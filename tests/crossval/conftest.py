@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import zipfile
 
 import numpy as np
 import pytest
@@ -20,6 +21,12 @@ def write_mask(path, seed):
     mask[z : z + 2, y : y + 3, x : x + 4] = 1
     path.parent.mkdir(parents=True, exist_ok=True)
     sitk.WriteImage(sitk.GetImageFromArray(mask), str(path))
+
+
+def write_checkpoint(path):
+    """A whole file of the kind that PyTorch writes."""
+    with zipfile.ZipFile(path, "w") as file:
+        file.writestr("archive/data.pkl", b"0" * 1000)
 
 
 @pytest.fixture
@@ -65,8 +72,8 @@ def predicted(dataset, tmp_path):
                 truth = sitk.GetArrayFromImage(sitk.ReadImage(str(dataset / "gt_segmentations" / f"{case}.nii.gz")))
                 moved = np.roll(truth, shift * (1 + CASES.index(case)) % 3, axis=2)
                 sitk.WriteImage(sitk.GetImageFromArray(moved), str(validation / f"{case}.nii.gz"))
+            write_checkpoint(validation.parent / "checkpoint_final.pth")
             (validation / "summary.json").write_text("{}")
-            (validation.parent / "checkpoint_final.pth").touch()
         return model
 
     return write

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -16,9 +17,9 @@ from nnunet_h2a.command import CommandError
 from nnunet_h2a.crossval.command import _jobs as jobs_of
 from nnunet_h2a.crossval.command import build_parser, main
 from nnunet_h2a.crossval.jobs import FINISHED, SCORING, TRAINING, VALIDATING, WAITING, progress_of
-from nnunet_h2a.crossval.run_job import BUSY, Settings, is_busy, next_command, run_job
+from nnunet_h2a.crossval.run_job import BUSY, Settings, _held, is_busy, next_command, reason, run_job
 from nnunet_h2a.crossval.schedule import Table, duration, run_all, seconds_left
-from tests.crossval.conftest import CASES, DATASET
+from tests.crossval.conftest import CASES, DATASET, write_checkpoint
 
 SETTINGS = Settings("cpu", False, ".nii.gz")
 
@@ -84,9 +85,9 @@ def test_what_comes_next(dataset, tmp_path):
         "2026-01-01 10:00:00: Epoch 0\nEpoch time: 9.0 s\nEpoch 1\nEpoch time: 2.5 s\nEpoch 2 \nEpoch time: 2.0 s\n"
         "Epoch 3\n"
     )
-    assert progress_of(job, ".nii.gz", False) == (progress := progress_of(job, ".nii.gz", False))
+    progress = progress_of(job, ".nii.gz", False)
     assert (progress.stage, progress.epoch, progress.epoch_seconds) == (TRAINING, 3, 2.5)
-    (job.folder / "checkpoint_final.pth").touch()
+    write_checkpoint(job.folder / "checkpoint_final.pth")
     assert progress_of(job, ".nii.gz", False).stage == VALIDATING
     assert next_command(job, SETTINGS)[-1] == "--val"
     job.validation.mkdir()
@@ -100,13 +101,57 @@ def test_what_comes_next(dataset, tmp_path):
     step = next_command(job, SETTINGS)
     assert step[0].endswith("h2a_evaluate")
     job.scores.parent.mkdir()
+    # Scores of one convention are not those of all.
     job.scores.with_name("summary_autopet.json").touch()
+    assert progress_of(job, ".nii.gz", False).stage == SCORING
+    job.scored.touch()
     assert progress_of(job, ".nii.gz", False).stage == FINISHED
     assert next_command(job, SETTINGS) is None
     # A validation that was repeated since is scored anew.
     later = time.time() + 10
-    os.utime(job.validation / "summary.json", (later, later))
+    os.utime(job.summary, (later, later))
     assert progress_of(job, ".nii.gz", False).stage == SCORING
+    # One of a network that was trained again since does not count.
+    os.utime(job.folder / "checkpoint_final.pth", (later + 10, later + 10))
+    assert progress_of(job, ".nii.gz", False).stage == VALIDATING
+
+
+def test_checkpoints_that_were_cut_off(dataset, tmp_path, monkeypatch):
+    """A kill while nnU-Net saves: the last whole checkpoint is what --c must find."""
+    job = jobs(dataset, tmp_path)[0]
+    job.folder.mkdir(parents=True)
+    for name in ("checkpoint_final.pth", "checkpoint_latest.pth", "checkpoint_best.pth"):
+        write_checkpoint(job.folder / name)
+    final = job.folder / "checkpoint_final.pth"
+    final.write_bytes(final.read_bytes()[:500])
+    assert not job.is_trained()
+    steps = iter([[sys.executable, "-c", "", "--c"], None])
+    monkeypatch.setattr("nnunet_h2a.crossval.run_job.next_command", lambda job, settings: next(steps))
+    assert run_job(job, SETTINGS, {}) == 0
+    assert sorted(path.name for path in job.folder.iterdir()) == [
+        "checkpoint_best.pth", "checkpoint_final.pth.damaged", "checkpoint_latest.pth",
+    ]  # fmt: skip
+    assert "was cut off while it was written" in job.log.read_text()
+
+
+def test_a_repeated_validation_leaves_no_summary_of_the_earlier_one(dataset, tmp_path, monkeypatch):
+    job = jobs(dataset, tmp_path)[0]
+    job.validation.mkdir(parents=True)
+    job.summary.touch()
+    steps = iter([[sys.executable, "-c", "", "--val"], None])
+    monkeypatch.setattr("nnunet_h2a.crossval.run_job.next_command", lambda job, settings: next(steps))
+    assert run_job(job, SETTINGS, {}) == 0
+    assert not job.summary.exists()
+
+
+def test_cases_without_a_score_are_a_failure_every_time(predicted, dataset, tmp_path):
+    predicted("nnUNetTrainer", 0)
+    job = jobs(dataset, tmp_path)[0]
+    (job.validation / "case_0.nii.gz").write_bytes(b"no image")
+    for _ in range(2):
+        assert run_job(job, SETTINGS, {}) == 1
+        assert progress_of(job, ".nii.gz", False).stage == SCORING
+    assert "case_0.nii.gz" in reason(job)
 
 
 def test_scores_of_a_finished_fold(predicted, dataset, tmp_path):
@@ -128,19 +173,86 @@ def test_a_command_that_fails_or_does_nothing(dataset, tmp_path, monkeypatch):
     monkeypatch.setattr("nnunet_h2a.crossval.run_job.next_command", lambda job, settings: [sys.executable, "-c", ""])
     assert run_job(job, SETTINGS, {}) == 1
     assert "is not there" in job.log.read_text()
+    # The reason is what the last command said, and no earlier one.
+    monkeypatch.setattr(
+        "nnunet_h2a.crossval.run_job.next_command",
+        lambda job, settings: [sys.executable, "-c", f"print('Killed'); raise SystemExit({BUSY})"],
+    )
+    assert run_job(job, SETTINGS, {}) == 1
+    assert reason(job) == "Killed"
+
+
+def test_children_that_a_killed_command_leaves_behind_are_ended(dataset, tmp_path, monkeypatch):
+    """As nnU-Net's augmentation workers, which wait for ever and hold the lock."""
+    job = jobs(dataset, tmp_path)[0]
+    note = tmp_path / "worker"
+    program = (
+        "import os, signal, time\n"
+        "if os.fork() == 0:\n"
+        f"    open({str(note)!r}, 'w').write(str(os.getpid()))\n"
+        "    time.sleep(600)\n"
+        "time.sleep(1)\n"
+        "os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    monkeypatch.setattr(
+        "nnunet_h2a.crossval.run_job.next_command", lambda job, settings: [sys.executable, "-c", program]
+    )
+    assert run_job(job, SETTINGS, {}) == -signal.SIGKILL
+    assert not alive(int(note.read_text()))
+    assert not is_busy(job)
+
+
+def test_orphans_of_a_run_that_was_killed_with_its_command(dataset, tmp_path):
+    job = jobs(dataset, tmp_path)[0]
+    note = tmp_path / "worker"
+    command = (
+        f"import os, time\nif os.fork() == 0:\n    open({str(note)!r}, 'w').write(str(os.getpid()))\ntime.sleep(600)"
+    )
+    with subprocess.Popen([sys.executable, "-c", runner(job, command)]) as process:
+        wait_for(lambda: note.is_file() and note.read_text())
+        children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=True)
+        process.kill()
+        process.wait()
+    for child in children.stdout.split():
+        os.kill(int(child), signal.SIGKILL)
+    worker = int(note.read_text())
+    assert alive(worker)
+    assert is_busy(job)
+    with _held(job.lock, patience=5) as lock:
+        assert lock is not None
+    assert not alive(worker)
+
+
+def alive(process):
+    """Whether a process lives; what is dead and not yet collected does not."""
+    try:
+        return open(f"/proc/{process}/stat").read().split(")")[1].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def wait_for(condition, seconds=30):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+def runner(job, command):
+    """A program that runs one command for a job."""
+    return (
+        "from nnunet_h2a.crossval import run_job as r; from pathlib import Path; import sys\n"
+        f"r.next_command = lambda job, settings: [sys.executable, '-c', {command!r}]\n"
+        f"class J: lock = Path({str(job.lock)!r}); log = Path({str(job.log)!r})\n"
+        "r.run_job(J, None, {})"
+    )
 
 
 def test_two_runs_do_not_work_on_one_job(dataset, tmp_path):
     """The lock is held by what was started, also after the process that started it was killed."""
     job = jobs(dataset, tmp_path)[0]
-    program = (
-        "import sys, time; from nnunet_h2a.crossval import run_job as r; from pathlib import Path\n"
-        "r.next_command = lambda job, settings: [sys.executable, '-c', 'import time; time.sleep(60)']\n"
-        f"class J: lock = Path({str(job.lock)!r}); log = Path({str(job.log)!r})\n"
-        "r.run_job(J, None, {})"
-    )
     assert not is_busy(job)
-    with subprocess.Popen([sys.executable, "-c", program]) as process:
+    with subprocess.Popen([sys.executable, "-c", runner(job, "import time; time.sleep(60)")]) as process:
         for _ in range(300):
             if job.log.is_file() and is_busy(job):
                 break
@@ -180,6 +292,9 @@ class FakeSlot:
         if code == 0:
             self.finish(self.job)
         return code.pop() if isinstance(code, list) else code
+
+    def is_there(self):
+        return True
 
     def stop(self):
         self.notes.append((self.name, "stopped"))
