@@ -198,7 +198,7 @@ def test_children_that_a_killed_command_leaves_behind_are_ended(dataset, tmp_pat
         "nnunet_h2a.crossval.run_job.next_command", lambda job, settings: [sys.executable, "-c", program]
     )
     assert run_job(job, SETTINGS, {}) == -signal.SIGKILL
-    assert not alive(int(note.read_text()))
+    wait_for(lambda: not alive(int(note.read_text())))
     assert not is_busy(job)
 
 
@@ -220,7 +220,7 @@ def test_orphans_of_a_run_that_was_killed_with_its_command(dataset, tmp_path):
     assert is_busy(job)
     with _held(job.lock, patience=5) as lock:
         assert lock is not None
-    assert not alive(worker)
+    wait_for(lambda: not alive(worker))
 
 
 def alive(process):
