@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import sys
@@ -21,6 +22,13 @@ class CommandError(Exception):
 
 class SeveralDatasets(CommandError):
     """One number, several datasets."""
+
+
+def positive(text: str) -> int:
+    """An argparse type: an integer above 0."""
+    if not text.isdigit() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"{text} is not a positive integer")
+    return int(text)
 
 
 def run_command(action: Callable[[], int]) -> int:
@@ -89,7 +97,8 @@ def read_json(path: Path, cure: str, keys: Sequence[str]) -> dict[str, Any]:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise CommandError(f"{path} does not exist: run  {cure}  first") from error
-    except json.JSONDecodeError as error:
+    except ValueError as error:
+        # No JSON, or no UTF-8.
         raise CommandError(f"{path} is not JSON ({error}): write it anew with  {cure}") from error
     missing = [key for key in keys if not isinstance(content, dict) or key not in content]
     if missing:

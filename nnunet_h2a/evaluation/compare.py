@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nnunet_h2a.command import CommandError, dataset_folder, nnunet_folder, read_json, run_command
+from nnunet_h2a.command import CommandError, dataset_folder, nnunet_folder, positive, read_json, run_command
 from nnunet_h2a.crossval.jobs import MEASURES, read_folds
 
 if TYPE_CHECKING:
     from nnunet_h2a.evaluation.conventions import Convention
-    from nnunet_h2a.evaluation.masks import Pair
+    from nnunet_h2a.evaluation.masks import Labels, Pair
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -42,7 +42,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--metrics", nargs="+", metavar="M", help="columns: dice, hd95, … [all]",
     )  # fmt: skip
     parser.add_argument("-o", "--output", type=Path, default=Path("h2a_compare"), help="folder [%(default)s]")
-    parser.add_argument("-np", "--processes", type=int, default=2, metavar="N", help="processes [%(default)s]")
+    parser.add_argument("-np", "--processes", type=positive, default=2, metavar="N", help="processes [%(default)s]")
     return parser
 
 
@@ -59,12 +59,15 @@ class _Model:
     name: str
     trainer: str
     folders: tuple[tuple[Path, tuple[str, ...]], ...]
+    is_ours: bool = False
 
 
 def _compare(arguments: argparse.Namespace) -> int:
     from nnunet_h2a.evaluation.comparison import compare, disagreements
     from nnunet_h2a.evaluation.comparison_tables import box_plots, latex, long_csv, markdown
     from nnunet_h2a.evaluation.conventions import COUNTS, by_name
+    from nnunet_h2a.evaluation.masks import labels_of_dataset
+    from nnunet_h2a.evaluation.measure import Measures
 
     try:
         (convention,) = by_name(arguments.convention)
@@ -77,15 +80,21 @@ def _compare(arguments: argparse.Namespace) -> int:
     if len(models) < 2:
         raise CommandError(f"there is one model only, {models[0].name}: name another trainer with -tr")
     baseline = _baseline(arguments.baseline, models)
-    summaries = {model.name: _summary(model, preprocessed, convention, arguments.processes) for model in models}
-    known = [key for key in next(iter(summaries.values()))["mean"] if key not in COUNTS]
+    known = [key for key in convention.row(Measures(1, 0, 0, 1, 1.0)) if key not in COUNTS]
     metrics = arguments.metrics or known
     if unknown := [metric for metric in metrics if metric not in known]:
         raise CommandError(f"--metrics {' '.join(unknown)}: choose of {', '.join(known)}")
-    table = compare(summaries, baseline, metrics)
-    extra = {name: _of_the_set(summary, convention) for name, summary in summaries.items()}
-    text = markdown(table, convention, baseline, disagreements(summaries), extra)
+    dataset_json = read_json(preprocessed / "dataset.json", "nnU-Net's planning", ["labels", "file_ending"])
+    # All at once, so that a missing prediction is said before hours of measuring.
+    pairs = {model: _pairs(model, preprocessed / "gt_segmentations", dataset_json["file_ending"]) for model in models}
+    labels = labels_of_dataset(dataset_json, preprocessed / "dataset.json")
+    summaries = {
+        model.name: _summary(model, pairs[model], labels, preprocessed, convention, arguments.processes)
+        for model in models
+    }
     arguments.output.mkdir(parents=True, exist_ok=True)
+    table = compare(summaries, baseline, metrics)
+    text = markdown(table, convention, baseline, disagreements(summaries))
     contents = {"md": text, "csv": long_csv(table), "tex": latex(table, convention, baseline)}
     for ending, content in contents.items():
         half = arguments.output / f"comparison.{ending}.part"
@@ -110,7 +119,7 @@ def _models(arguments: argparse.Namespace, preprocessed: Path, results: Path) ->
         for configuration in dict.fromkeys(arguments.configurations):
             model = f"{trainer}__{name}__{configuration}"
             folders = tuple((results / model / f"fold_{fold}" / "validation", some) for fold, some in folds.items())
-            found.append(_Model(model, trainer, folders))
+            found.append(_Model(model, trainer, folders, is_ours=True))
     names = [model.name for model in found]
     for ensemble in sorted((results / "ensembles").glob("ensemble___*___*___*")):
         members = ensemble.name.split("___")
@@ -134,62 +143,47 @@ def _baseline(wanted: str | None, models: Sequence[_Model]) -> str:
     raise CommandError(f"--baseline {wanted}: name one of {names}")
 
 
-def _summary(model: _Model, preprocessed: Path, convention: Convention, processes: int) -> dict[str, Any]:
+def _summary(
+    model: _Model,
+    pairs: Sequence[tuple[Path, list[Pair]]],
+    labels: Labels,
+    preprocessed: Path,
+    convention: Convention,
+    processes: int,
+) -> dict[str, Any]:
     """Scores of a model over all of its folds; what h2a_crossval has measured is not measured again."""
     from nnunet_h2a.evaluation.conventions import by_name
-    from nnunet_h2a.evaluation.masks import Labels
     from nnunet_h2a.evaluation.run_cases import measure_all, patients_of, scored_cases
     from nnunet_h2a.evaluation.score_case import Job
     from nnunet_h2a.evaluation.summary import summarise
 
-    dataset_json = read_json(preprocessed / "dataset.json", "nnU-Net's planning", ["labels", "file_ending"])
-    conventions = by_name("all") if convention in by_name("all") else [convention]
-    wanted = tuple(sorted({part for each in conventions for part in each.wanted}))
-    job = Job(Labels.of_dataset(dataset_json), wanted, resample=False)
-    references = preprocessed / "gt_segmentations"
+    common = by_name("all")
+    wanted = {part for each in (common if convention in common else [convention]) for part in each.wanted}
+    job = Job(labels, tuple(sorted(wanted)), resample=False)
     found: dict[str, Any] = {}
     refused: dict[str, str] = {}
-    for folder, cases in model.folders:
-        pairs = _pairs(model.name, folder, references, cases, dataset_json["file_ending"])
-        cache = folder / MEASURES if convention in by_name("all") else folder / f"{MEASURES}.{convention.name}"
-        cache.parent.mkdir(exist_ok=True)
-        found |= measure_all(pairs, job, min(processes, len(pairs)), cache, refused.__setitem__)
+    for folder, some in pairs:
+        # Folders that are not of our trainings are not written to.
+        cache = folder / MEASURES if model.is_ours and convention in common else None
+        found |= measure_all(some, job, min(processes, len(some)), cache, refused.__setitem__)
     if refused:
         case, why = next(iter(refused.items()))
         raise CommandError(f"{model.name}: {len(refused)} cases cannot be scored, {case}: {why}")
-    return summarise(convention, scored_cases(found, job, _patients(preprocessed, patients_of)), {})
+    return summarise(convention, scored_cases(found, job, patients_of(preprocessed / "gt_segmentations")), {})
 
 
-def _patients(preprocessed: Path, patients_of: Any) -> Mapping[str, str]:
-    """From the raw dataset's report, where it is at hand."""
-    try:
-        raw = nnunet_folder("nnUNet_raw") / preprocessed.name
-    except CommandError:
-        return {}
-    return patients_of(raw / "labelsTr")
-
-
-def _pairs(name: str, folder: Path, references: Path, cases: Sequence[str], ending: str) -> list[Pair]:
+def _pairs(model: _Model, references: Path, ending: str) -> list[tuple[Path, list[Pair]]]:
+    """Files of each of a model's folders."""
     from nnunet_h2a.evaluation.masks import Pair
 
-    missing = [case for case in cases if not (folder / f"{case}{ending}").is_file()]
-    if missing:
-        raise CommandError(
-            f"{name} has not predicted {len(missing)} of {len(cases)} validation cases in {folder} ({missing[0]}): "
-            "finish it with  h2a_crossval , or choose its folds with -f"
-        )
-    return [Pair(case, references / f"{case}{ending}", folder / f"{case}{ending}") for case in cases]
-
-
-def _of_the_set(summary: Mapping[str, Any], convention: Convention) -> dict[str, float | None]:
-    """Numbers that a convention reports of the whole set."""
-    found: dict[str, float | None] = {}
-    for reported in convention.reported:
-        if reported == "aggregated dice":
-            for key, value in summary["aggregated_dice"].items():
-                found[f"aggregated Dice, {summary['by_label'][key]['name']}"] = value
-        elif reported.startswith("pooled "):
-            found[reported] = summary["pooled"][reported.removeprefix("pooled ")]
-        elif reported.endswith(" median"):
-            found[f"median {reported.removesuffix(' median')}"] = summary["median"][reported.removesuffix(" median")]
+    found = []
+    for folder, cases in model.folders:
+        missing = [case for case in cases if not (folder / f"{case}{ending}").is_file()]
+        if missing:
+            raise CommandError(
+                f"{model.name} has not predicted {len(missing)} of {len(cases)} validation cases in {folder} "
+                f"({missing[0]}): finish it with  h2a_crossval , or choose its folds with -f"
+            )
+        files = [Pair(case, references / f"{case}{ending}", folder / f"{case}{ending}") for case in cases]
+        found.append((folder, files))
     return found

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-from scipy.stats import wilcoxon
+from scipy.stats import PermutationMethod, wilcoxon
+
+from nnunet_h2a.evaluation.conventions import CONVENTIONS
 
 #: Metrics of which less is better; of ``rvd`` what is nearer to 0; of all others more.
 SMALLER = frozenset({"hd95", "hd", "assd", "voe", "fp_volume_ml", "fn_volume_ml", "fpr", "fnr"})
@@ -27,6 +29,7 @@ class Cell:
         p_holm: the same after Holm's correction over the models of one metric.
         pairs: cases in which both models have the metric.
         rank: 1 for the best mean, 2 for the second; models with equal means share a rank.
+        complete: whether no other model has the metric in more cases.
     """
 
     mean: float | None
@@ -38,21 +41,35 @@ class Cell:
     p_holm: float | None = None
     pairs: int = 0
     rank: int | None = None
+    complete: bool = True
+
+
+#: Cells by model and column.
+Table = dict[str, dict[str, Cell]]
+
+
+#: Up to so many pairs with a difference every assignment of signs is tried; SciPy's tables hold without ties only.
+_EXACT = 13
 
 
 def paired_p(one: Sequence[float | None], other: Sequence[float | None]) -> tuple[float | None, int]:
     """Two-sided p of the Wilcoxon signed-rank test of two models' numbers for the same cases, and the number of pairs.
 
-    Cases in which one of them has none are left out, equal pairs have no sign (Wilcoxon's treatment); 1 where all pairs
-    are equal, None where there is no pair.
+    Cases in which one of them has none are left out, and equal pairs have no sign (Wilcoxon's treatment). The
+    distribution is exact up to 13 differences, and up to 50 where none are equal. 1 where all pairs are equal, None
+    where there is no pair.
     """
     pairs = [(a, b) for a, b in zip(one, other, strict=True) if a is not None and b is not None]
     if not pairs:
         return None, 0
-    first, second = np.array(pairs).T
-    if (first == second).all():
+    first, second = np.array(pairs, float).T
+    # With zeros among them SciPy would leave the exact test for an approximation.
+    differences = (first - second)[first != second]
+    # Of one difference either sign is as likely, and SciPy tries no permutation of it.
+    if len(differences) < 2:
         return 1.0, len(pairs)
-    return float(wilcoxon(first, second).pvalue), len(pairs)
+    method = PermutationMethod(n_resamples=np.inf) if len(differences) <= _EXACT else "auto"
+    return float(wilcoxon(differences, method=method).pvalue), len(pairs)
 
 
 def holm(p_values: Sequence[float | None]) -> list[float | None]:
@@ -66,49 +83,91 @@ def holm(p_values: Sequence[float | None]) -> list[float | None]:
     return corrected
 
 
-def _merit(metric: str, mean: float) -> float:
+def _merit(name: str, mean: float) -> float:
     """Larger is better."""
+    metric = name.removesuffix(" median")
     if metric in NEARER_TO_ZERO:
         return -abs(mean)
     return -mean if metric in SMALLER else mean
 
 
-def compare(
-    summaries: Mapping[str, Mapping[str, Any]], baseline: str, metrics: Sequence[str]
-) -> dict[str, dict[str, Cell]]:
+def compare(summaries: Mapping[str, Mapping[str, Any]], baseline: str, metrics: Sequence[str]) -> Table:
     """Cells of the table.
 
     Args:
         summaries: evaluation file of each model; all of the same cases and labels.
         baseline: the model that the others are tested against.
-        metrics: to compare.
+        metrics: of cases, to compare; what a convention says of the whole set is added.
 
     Returns:
-        For each model the cell of each metric.
+        For each model the cell of each column.
     """
-    values = {model: cases_of(summary) for model, summary in summaries.items()}
-    table: dict[str, dict[str, Cell]] = {model: {} for model in summaries}
+    table: Table = {model: {} for model in summaries}
     for metric in metrics:
+        values = {model: by_case(summary, metric) for model, summary in summaries.items()}
         others = [model for model in summaries if model != baseline]
-        tests = [
-            paired_p(
-                [row[metric] for row in values[model].values()], [row[metric] for row in values[baseline].values()]
-            )
-            for model in others
-        ]
-        corrected = dict(zip(others, holm([p for p, _ in tests]), strict=True))
-        tested = dict(zip(others, tests, strict=True))
-        means = {model: summary["mean"][metric] for model, summary in summaries.items()}
-        merits = sorted({_merit(metric, mean) for mean in means.values() if mean is not None}, reverse=True)
+        tests = dict(zip(others, (paired_p(values[m], values[baseline]) for m in others), strict=True))
+        corrected = dict(zip(others, holm([p for p, _ in tests.values()]), strict=True))
         for model, summary in summaries.items():
-            mean = means[model]
-            p, pairs = tested.get(model, (None, 0))
+            p, pairs = tests.get(model, (None, 0))
             table[model][metric] = Cell(
-                mean, summary["std"][metric], summary["median"][metric], summary["n"][metric],
+                summary["mean"][metric], summary["std"][metric], summary["median"][metric], summary["n"][metric],
                 summary["ci95"][metric], p, corrected.get(model), pairs,
-                None if mean is None else merits.index(_merit(metric, mean)) + 1,
             )  # fmt: skip
-    return table
+    for model, summary in summaries.items():
+        number = len({entry["case"] for entry in summary["cases"]})
+        for name, (value, interval) in of_the_set(summary).items():
+            table[model][name] = Cell(value, None, None, number, interval)
+    return ranked(table)
+
+
+def ranked(table: Table) -> Table:
+    """The table with ranks: of the models that have a number for as many cases as any model.
+
+    A mean over fewer cases is no equal: who predicts one easy case and nothing else would be the best.
+    """
+    result: Table = {model: {} for model in table}
+    for name in next(iter(table.values())):
+        most = max(cells[name].n for cells in table.values())
+        merits = {
+            model: _merit(name, cells[name].mean)
+            for model, cells in table.items()
+            if cells[name].mean is not None and cells[name].n == most
+        }
+        order = sorted(set(merits.values()), reverse=True)
+        for model, cells in table.items():
+            rank = order.index(merits[model]) + 1 if model in merits else None
+            result[model][name] = replace(cells[name], rank=rank, complete=cells[name].n == most)
+    return result
+
+
+def of_the_set(summary: Mapping[str, Any]) -> dict[str, tuple[float | None, list[float] | None]]:
+    """What a convention says of all cases together, and its interval: pooled and aggregated ratios, medians."""
+    found: dict[str, tuple[float | None, list[float] | None]] = {}
+    for reported in CONVENTIONS[summary["convention"]].reported:
+        kind, _, metric = reported.rpartition(" ")
+        if reported == "aggregated dice":
+            for key, value in summary["aggregated_dice"].items():
+                name = f"aggregated dice of {summary['by_label'][key]['name']}"
+                found[name] = value, summary["aggregated_dice_ci95"][key]
+            if len(summary["aggregated_dice"]) > 1:
+                found["aggregated dice, mean"] = summary["aggregated_dice_mean"], None
+        elif kind == "pooled":
+            found[reported] = summary["pooled"][metric], summary["pooled_ci95"][metric]
+        elif metric == "median":
+            found[reported] = summary["median"][kind], None
+    return found
+
+
+def by_case(summary: Mapping[str, Any], metric: str) -> list[float | None]:
+    """A metric of each case, in one order for all models: over several labels the mean of those that have it.
+
+    Labels of one case are not independent of each other, so that a case is one observation.
+    """
+    found: dict[str, list[float]] = {}
+    for (case, _), row in cases_of(summary).items():
+        found.setdefault(case, []).extend([row[metric]] if row[metric] is not None else [])
+    return [float(np.mean(values)) if values else None for values in found.values()]
 
 
 def cases_of(summary: Mapping[str, Any]) -> dict[tuple[str, str], Mapping[str, Any]]:

@@ -8,32 +8,39 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from nnunet_h2a.evaluation.comparison import NEARER_TO_ZERO, SMALLER, Cell, Disagreement, cases_of
+from nnunet_h2a.evaluation.comparison import NEARER_TO_ZERO, SMALLER, Cell, Disagreement, Table, cases_of
 from nnunet_h2a.evaluation.conventions import Convention
 from nnunet_h2a.evaluation.tables import metric_name
 
 SIGNIFICANT = 0.05
 
 
-def _arrow(metric: str, up: str, down: str, zero: str) -> str:
+def _arrow(name: str, up: str, down: str, zero: str) -> str:
+    metric = name.removesuffix(" median")
     return zero if metric in NEARER_TO_ZERO else down if metric in SMALLER else up
+
+
+def _heading(name: str, convention: Convention) -> str:
+    """A column as tables call it."""
+    for kind in ("pooled ", "aggregated dice"):
+        if name.startswith(kind):
+            rest = name.removeprefix(kind)
+            return f"aggregated Dice{rest}" if kind.startswith("a") else f"pooled {metric_name(rest, convention)}"
+    if name.endswith(" median"):
+        return f"median {metric_name(name.removesuffix(' median'), convention)}"
+    return metric_name(name, convention)
 
 
 def _cell(cell: Cell, bold: str, underline: str, plus_minus: str, star: str) -> str:
     if cell.mean is None:
         return "–"
-    text = f"{cell.mean:.4g}{plus_minus}{'–' if cell.std is None else f'{cell.std:.3g}'}"
-    text = {1: bold, 2: underline}.get(cell.rank, "{}").replace("{}", text)
-    return text + (star if cell.p_holm is not None and cell.p_holm < SIGNIFICANT else "")
+    spread = "" if cell.median is None else f"{plus_minus}{'–' if cell.std is None else f'{cell.std:.3g}'}"
+    text = {1: bold, 2: underline}.get(cell.rank, "{}").replace("{}", f"{cell.mean:.4g}{spread}")
+    text += star if cell.p_holm is not None and cell.p_holm < SIGNIFICANT else ""
+    return text if cell.complete else f"{text} (n = {cell.n})"
 
 
-def markdown(
-    table: Mapping[str, Mapping[str, Cell]],
-    convention: Convention,
-    baseline: str,
-    disputed: Sequence[Disagreement],
-    extra: Mapping[str, Mapping[str, float | None]],
-) -> str:
+def markdown(table: Table, convention: Convention, baseline: str, disputed: Sequence[Disagreement]) -> str:
     """The table as Markdown; best bold, second underlined, a star for what differs from the baseline.
 
     Args:
@@ -41,27 +48,26 @@ def markdown(
         convention: by which was scored.
         baseline: that was tested against.
         disputed: cases in which models disagree most.
-        extra: numbers of the whole set by model: pooled and aggregated ratios.
     """
-    metrics = list(next(iter(table.values())))
-    names = [f"{metric_name(m, convention)} {_arrow(m, '↑', '↓', '→ 0')}" for m in metrics]
-    sets = list(next(iter(extra.values()))) if extra else []
+    columns = list(next(iter(table.values())))
+    tested = [c for c in columns if any(cells[c].p_holm is not None for cells in table.values())]
+    names = {c: f"{_heading(c, convention)} {_arrow(c, '↑', '↓', '→ 0')}" for c in columns}
     lines = [
         f"# Comparison by {convention.name}", "",
         f"Mean ± SD over cases, scored as by {convention.source}. Best **bold**, second <u>underlined</u>; * differs "
         f"from {baseline} (paired Wilcoxon signed-rank test, p < {SIGNIFICANT} after Holm's correction over the "
-        f"models). {convention.remark}".rstrip(), "",
-        "| model | " + " | ".join([*names, *sets]) + " |", "|---" * (1 + len(names) + len(sets)) + "|",
+        "models). A mean over fewer cases than another model's is given with their number and has no rank. "
+        f"{convention.remark}".rstrip(), "",
+        "| model | " + " | ".join(names.values()) + " |", "|---" * (1 + len(names)) + "|",
     ]  # fmt: skip
     for model, cells in table.items():
-        row = [_cell(cells[m], "**{}**", "<u>{}</u>", " ± ", " *") for m in metrics]
-        row += ["–" if extra[model][name] is None else f"{extra[model][name]:.4g}" for name in sets]
+        row = [_cell(cells[c], "**{}**", "<u>{}</u>", " ± ", " *") for c in columns]
         lines.append(f"| {model} | " + " | ".join(row) + " |")
     lines += ["", "p after correction (cases in which both models have the number):", ""]
-    lines += ["| model | " + " | ".join(names) + " |", "|---" * (1 + len(names)) + "|"]
+    lines += ["| model | " + " | ".join(names[c] for c in tested) + " |", "|---" * (1 + len(tested)) + "|"]
     for model, cells in table.items():
         if model != baseline:
-            row = ["–" if cells[m].p_holm is None else f"{cells[m].p_holm:.3g} ({cells[m].pairs})" for m in metrics]
+            row = ["–" if cells[c].p_holm is None else f"{cells[c].p_holm:.3g} ({cells[c].pairs})" for c in tested]
             lines.append(f"| {model} | " + " | ".join(row) + " |")
     if disputed:
         lines += ["", "Cases in which the models' Dice differ most:", ""]
@@ -82,28 +88,28 @@ def _escaped(text: str) -> str:
     return "".join(_ESCAPED.get(letter, letter) for letter in text)
 
 
-def latex(table: Mapping[str, Mapping[str, Cell]], convention: Convention, baseline: str) -> str:
+def latex(table: Table, convention: Convention, baseline: str) -> str:
     """The table for a paper; needs the package booktabs."""
-    metrics = list(next(iter(table.values())))
-    names = [f"{_escaped(metric_name(m, convention))} ${_arrow(m, *_TEX_ARROWS)}$" for m in metrics]
+    columns = list(next(iter(table.values())))
+    names = [f"{_escaped(_heading(c, convention))} ${_arrow(c, *_TEX_ARROWS)}$" for c in columns]
     lines = [
         f"% {convention.name}: mean and SD over cases; best bold, second underlined; * p < {SIGNIFICANT} against "
         f"{_escaped(baseline)}, Wilcoxon signed-rank, Holm",
-        rf"\begin{{tabular}}{{l{'c' * len(metrics)}}}", r"\toprule",
+        rf"\begin{{tabular}}{{l{'c' * len(columns)}}}", r"\toprule",
         "Model & " + " & ".join(names) + r" \\", r"\midrule",
     ]  # fmt: skip
     for model, cells in table.items():
-        row = [_cell(cells[m], r"\textbf{{}}", r"\underline{{}}", r" $\pm$ ", "$^*$") for m in metrics]
+        row = [_cell(cells[c], r"\textbf{{}}", r"\underline{{}}", r" $\pm$ ", "$^*$") for c in columns]
         lines.append(f"{_escaped(model)} & " + " & ".join(text.replace("–", "--") for text in row) + r" \\")
     return "\n".join([*lines, r"\bottomrule", r"\end{tabular}"]) + "\n"
 
 
-def long_csv(table: Mapping[str, Mapping[str, Cell]]) -> str:
-    """A row per model and metric."""
+def long_csv(table: Table) -> str:
+    """A row per model and column."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(
-        ["model", "metric", "mean", "std", "median", "n", "ci95_low", "ci95_high", "p", "p_holm", "pairs", "rank"]
+        ["model", "metric", "value", "std", "median", "n", "ci95_low", "ci95_high", "p", "p_holm", "pairs", "rank"]
     )
     for model, cells in table.items():
         for metric, c in cells.items():

@@ -37,7 +37,8 @@ class Convention:
         remark: what must be known to compare numbers.
         images: where HD95 has one number per axial image, over all of which the mean is taken: those of a case.
         hd95_unit: of HD95.
-        infinite_in_median: HD95 of a case with one empty mask counts as infinite in the median.
+        infinite: whether a case without HD95 counts as infinitely far in the median.
+        pooled_of_nothing: pooled Dice and IoU where there is nothing to find and nothing was found; None: not defined.
     """
 
     name: str
@@ -48,7 +49,8 @@ class Convention:
     remark: str = ""
     images: Callable[[Measures], Sequence[float | None]] | None = None
     hd95_unit: str = "mm"
-    infinite_in_median: bool = False
+    infinite: Callable[[Measures], bool] | None = None
+    pooled_of_nothing: float | None = None
 
 
 def _ratio(part: float, whole: float) -> float | None:
@@ -152,29 +154,31 @@ CONVENTIONS = {
             "Cases without a true lesion have no Dice and no false negative volume; they count for false positives.",
         ),
         Convention(
-            "hecktor", "HECKTOR 2020 to 2025 challenges", ("aggregated dice", "dice", "hd95 median", "precision",
+            "hecktor", "HECKTOR 2020 to 2022 challenges", ("aggregated dice", "dice", "hd95 median", "precision",
             "recall"), _ALL | {ELEMENTS}, _hecktor,
             "Where one mask is empty there is no HD95, and the case counts as infinitely far in the median.",
-            infinite_in_median=True,
+            infinite=lambda m: bool(m.true_voxels) != bool(m.predicted_voxels),
         ),
         Convention(
             "hecktor" + _AS_PUBLISHED, "the evaluator of HECKTOR 2020 and 2021", ("aggregated dice", "dice",
             "hd95 median", "precision", "recall"), _ALL | {SWAPPED}, _hecktor_as_published,
             "Two faults are reproduced: an empty prediction has HD95 0, the best there is, and spacings are taken "
             "along the wrong axes (x for z), which changes HD95 where voxels are not cubes.",
+            # An empty truth is infinitely far for the library that the evaluator calls.
+            infinite=lambda m: not m.true_voxels and bool(m.predicted_voxels),
         ),
         Convention(
             "cipa", "CIPA, CVPR 2025", ("pooled iou", "pooled dice", "pooled balanced_accuracy", "hd95"),
             _ALL | {IMAGES}, _cipa,
             "HD95 is the mean over axial images in pixels, 0 where both masks are empty; images where one is empty "
-            "have none and are left out.", attrgetter("image_hd95"), "pixels",
+            "have none and are left out.", attrgetter("image_hd95"), "pixels", pooled_of_nothing=1.0,
         ),
         Convention(
             "cipa" + _AS_PUBLISHED, "CIPA's pred.py", ("pooled iou", "pooled dice", "pooled balanced_accuracy",
             "hd95"), _ALL | {DUMMIES}, _cipa_as_published,
             "One fault is reproduced: an empty prediction counts as the pixel (256, 256), wherever the tumour is. "
             "Images with a prediction and no tumour, at which the script stops, are left out.",
-            attrgetter("published_image_hd95"), "pixels",
+            attrgetter("published_image_hd95"), "pixels", pooled_of_nothing=1.0,
         ),
         Convention(
             "h2aseg", "H2ASeg, MICCAI 2024", ("dice", "hd95", "precision", "recall"), _ALL, _h2aseg,

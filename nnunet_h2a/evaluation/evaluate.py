@@ -9,18 +9,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nnunet_h2a.command import CommandError, read_json, run_command
+from nnunet_h2a.command import CommandError, positive, read_json, run_command
 
 if TYPE_CHECKING:
     from nnunet_h2a.evaluation.masks import Labels, Pair
 
 SOME_REFUSED = 1
-
-
-def _positive(text: str) -> int:
-    if not text.isdigit() or int(text) == 0:
-        raise argparse.ArgumentTypeError(f"{text} is not a positive integer")
-    return int(text)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -46,10 +40,10 @@ def build_parser() -> argparse.ArgumentParser:
         help="autopet, hecktor, cipa, h2aseg, isanet; hecktor-as-published, cipa-as-published, h2aseg-as-published "
         "with the published scripts' faults; all: the first five, a file each [%(default)s]",
     )  # fmt: skip
-    parser.add_argument("-np", "--processes", type=_positive, default=min(8, os.cpu_count() or 1), metavar="N",
+    parser.add_argument("-np", "--processes", type=positive, default=min(8, os.cpu_count() or 1), metavar="N",
                         help="processes [%(default)s]")  # fmt: skip
     parser.add_argument(
-        "-l", "--labels", type=_positive, nargs="+", metavar="L",
+        "-l", "--labels", type=positive, nargs="+", metavar="L",
         help="labels to score [those of dataset.json, else all that occur]",
     )  # fmt: skip
     parser.add_argument(
@@ -125,13 +119,18 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     for case, why in refused.items():
         print(f"refused: {case}: {why}", file=sys.stderr)
     if not found:
+        if arguments.cache is None:
+            progress.unlink(missing_ok=True)
         raise CommandError("no case could be scored, see above")
+    resampled = {case: content["resampled"] for case, content in found.items() if content["resampled"]}
+    for case, what in resampled.items():
+        print(f"resampled: {case}: {'; '.join(what)}")
     scored = scored_cases(found, job, patients_of(arguments.reference))
     if not scored:
         raise CommandError("no label occurs in any case: name those to score with -l, or give -djfile")
     for convention in conventions:
         path = output if len(conventions) == 1 else output.with_name(f"{output.stem}_{convention.name}.json")
-        summary = summarise(convention, scored, refused)
+        summary = summarise(convention, scored, refused, resampled)
         written = write_summary(path, summary, convention)
         print(written[2].read_text(encoding="utf-8"))
         print(f"written: {', '.join(str(p) for p in written)}\n")
@@ -140,19 +139,21 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     return SOME_REFUSED if refused else 0
 
 
-def _dataset_json(arguments: argparse.Namespace) -> dict[str, Any] | None:
+def _dataset_json(arguments: argparse.Namespace) -> tuple[dict[str, Any], Path] | None:
+    """Content and path of the dataset.json that says what the labels are."""
     if arguments.dataset_json is not None:
-        return read_json(arguments.dataset_json, "the conversion", ["labels"])
+        return read_json(arguments.dataset_json, "the conversion", ["labels"]), arguments.dataset_json
     for folder in (arguments.predicted, arguments.reference, arguments.reference.resolve().parent):
-        if (folder / "dataset.json").is_file():
-            return read_json(folder / "dataset.json", "the conversion", ["labels"])
+        path = folder / "dataset.json"
+        if path.is_file():
+            return read_json(path, "the conversion", ["labels"]), path
     return None
 
 
-def _labels(arguments: argparse.Namespace, dataset_json: Mapping[str, Any] | None) -> Labels | None:
-    from nnunet_h2a.evaluation.masks import Labels
+def _labels(arguments: argparse.Namespace, dataset_json: tuple[dict[str, Any], Path] | None) -> Labels | None:
+    from nnunet_h2a.evaluation.masks import Labels, labels_of_dataset
 
-    described = Labels.of_dataset(dataset_json) if dataset_json is not None else None
+    described = labels_of_dataset(*dataset_json) if dataset_json is not None else None
     if arguments.labels is None:
         return described
     names = {integers: name for name, integers in described.named.items()} if described else {}
@@ -164,7 +165,7 @@ def _pairs(
     arguments: argparse.Namespace,
     reference: Mapping[str, Path],
     predicted: Mapping[str, Path],
-    dataset_json: Mapping[str, Any] | None,
+    dataset_json: tuple[dict[str, Any], Path] | None,
     refused: dict[str, str],
 ) -> list[Pair]:
     """The cases to score; those whose image is missing are refused."""
@@ -190,12 +191,12 @@ def _pairs(
     return pairs
 
 
-def _pet_channel(arguments: argparse.Namespace, dataset_json: Mapping[str, Any] | None) -> int:
+def _pet_channel(arguments: argparse.Namespace, dataset_json: tuple[dict[str, Any], Path] | None) -> int:
     from nnunet_h2a.training.modalities import ChannelError, channel_roles
 
     if arguments.pet_channel is not None:
         return arguments.pet_channel
-    for content in (dataset_json, _json_beside(arguments.images)):
+    for content in (dataset_json[0] if dataset_json else None, _json_beside(arguments.images)):
         if content is not None:
             try:
                 channel = channel_roles(content, "pet")[1]

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import SimpleITK as sitk
@@ -13,6 +14,7 @@ import SimpleITK as sitk
 from dataset_conversion import nifti
 from dataset_conversion.errors import ConversionError
 from dataset_conversion.nifti import VOLUME_ENDINGS, ending_of
+from nnunet_h2a.command import CommandError
 
 ENDINGS = (*VOLUME_ENDINGS, ".png", ".bmp", ".tif", ".tiff")
 #: Grids are one where no corner of the volume is moved by more than this part of a voxel.
@@ -51,7 +53,8 @@ def label_files(folder: Path) -> dict[str, Path]:
     found: dict[str, Path] = {}
     for path in sorted(folder.iterdir()):
         ending = next((e for e in ENDINGS if path.name.casefold().endswith(e)), None)
-        if ending is None or not path.is_file():
+        # macOS leaves files that begin with a dot beside every file on some drives.
+        if ending is None or path.name.startswith(".") or not path.is_file():
             continue
         case = path.name[: -len(ending)]
         if case in found:
@@ -165,19 +168,39 @@ class Labels:
     ignored: int | None = None
     known: frozenset[int] | None = None
 
-    @classmethod
-    def of_dataset(cls, dataset_json: Mapping) -> Labels:
-        """From nnU-Net's dataset.json: regions where there are any, as nnU-Net's own evaluation does."""
-        entries = {
-            str(name): tuple(int(i) for i in value) if isinstance(value, list | tuple) else (int(value),)
-            for name, value in dataset_json["labels"].items()
-        }
-        ignored = entries.pop("ignore", (None,))[0]
-        known = frozenset(i for value in entries.values() for i in value) | {0}
-        named = {name: value for name, value in entries.items() if value != (0,)}
-        return cls(named, ignored, known | ({ignored} if ignored is not None else set()))
-
     def scored(self) -> Iterator[tuple[int | list[int], str, tuple[int, ...]]]:
         """Label as the evaluation file names it, its name, and its integers."""
         for name, integers in self.named.items():
             yield (integers[0] if len(integers) == 1 else list(integers)), name, integers
+
+
+def labels_of_dataset(dataset_json: Mapping[str, Any], path: Path) -> Labels:
+    """Labels of nnU-Net's dataset.json: regions where there are any, as nnU-Net's own evaluation does.
+
+    Args:
+        dataset_json: content.
+        path: of the file, for the error.
+
+    Raises:
+        CommandError: where its labels are not as nnU-Net wants them.
+    """
+    try:
+        entries = {str(name): _integers(value) for name, value in dict(dataset_json["labels"]).items()}
+    except (TypeError, ValueError) as error:
+        raise CommandError(
+            f'{path}: "labels" must give integers by name, as in {{"background": 0, "tumor": 1}}, found '
+            f"{dataset_json['labels']!r:.100}"
+        ) from error
+    ignored = entries.pop("ignore", (None,))[0]
+    known = frozenset(i for value in entries.values() for i in value) | {0}
+    named = {name: value for name, value in entries.items() if value != (0,)}
+    if not named:
+        raise CommandError(f'{path}: "labels" has no label beside the background')
+    return Labels(named, ignored, known | ({ignored} if ignored is not None else set()))
+
+
+def _integers(value: Any) -> tuple[int, ...]:
+    values = value if isinstance(value, list | tuple) else [value]
+    if not values or not all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in values):
+        raise ValueError(f"{value!r} is no label")
+    return tuple(values)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import multiprocessing
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +27,10 @@ from nnunet_h2a.evaluation.summary import Scored
 Found = dict[str, Any]
 
 
+#: To be raised when the same files give other measures, so that kept ones are not taken for today's.
+MEASURES_VERSION = 1
+
+
 def fingerprint(pair: Pair, job: Job) -> str:
     """Changes with the files of a case, and with how it is measured."""
     files = [
@@ -31,19 +38,29 @@ def fingerprint(pair: Pair, job: Job) -> str:
         for path in (pair.reference, pair.predicted, pair.pet)
         if path is not None
     ]
-    return hashlib.sha256(repr((files, job.labels, job.wanted, job.resample)).encode()).hexdigest()
+    fields = sorted(field.name for field in dataclasses.fields(Measures))
+    how = (MEASURES_VERSION, fields, job.labels, job.wanted, job.resample)
+    return hashlib.sha256(repr((files, how)).encode()).hexdigest()
 
 
 def _finished(progress: Path) -> dict[str, Found]:
-    """Cases of an earlier run by fingerprint; a line that was cut off is not among them."""
-    found = {}
-    if progress.is_file():
-        for line in progress.read_text(encoding="utf-8", errors="replace").splitlines():
-            try:
-                entry = json.loads(line)
-                found[entry["fingerprint"]] = entry["found"]
-            except (json.JSONDecodeError, KeyError, TypeError):
-                continue
+    """Cases of an earlier run by fingerprint; a line that was cut off is not among them.
+
+    Raises:
+        CommandError: where the file is not one of ours.
+    """
+    found: dict[str, Found] = {}
+    if not progress.is_file():
+        return found
+    lines = progress.read_text(encoding="utf-8", errors="replace").splitlines()
+    for line in lines:
+        try:
+            entry = json.loads(line)
+            found[entry["fingerprint"]] = entry["found"]
+        except (ValueError, KeyError, TypeError):
+            continue
+    if len(lines) > 2 and not found:
+        raise CommandError(f"{progress} holds something else than measures: name another file, or remove it")
     return found
 
 
@@ -60,7 +77,7 @@ def _score(pair: Pair, job: Job) -> Found | str:
 
 
 def measure_all(
-    pairs: Sequence[Pair], job: Job, processes: int, progress: Path, refuse: Callable[[str, str], None]
+    pairs: Sequence[Pair], job: Job, processes: int, progress: Path | None, refuse: Callable[[str, str], None]
 ) -> dict[str, Found]:
     """Measure cases.
 
@@ -68,7 +85,8 @@ def measure_all(
         pairs: at least one.
         job: how.
         processes: of this machine; 1 measures in this one.
-        progress: file that keeps finished cases for a later run; removing it is the caller's.
+        progress: file that keeps finished cases for a later run; removing it is the caller's. None keeps none, nor does
+            a file that cannot be written.
         refuse: is told each case that cannot be scored, and why.
 
     Returns:
@@ -77,29 +95,41 @@ def measure_all(
     Raises:
         CommandError: where a process was ended from outside.
     """
-    earlier = _finished(progress)
+    earlier = _finished(progress) if progress is not None else {}
     marks = {pair.case: fingerprint(pair, job) for pair in pairs}
     done = {case: earlier[mark] for case, mark in marks.items() if mark in earlier}
     todo = [pair for pair in pairs if pair.case not in done]
-    # Not appended to: after a line that was cut off, the next one would be lost with it.
-    with progress.open("w", encoding="utf-8") as kept:
-        for case, found in done.items():
-            _keep(kept, marks[case], found)
-        bar = tqdm(total=len(pairs), initial=len(done), desc="cases", unit="case", disable=None)
-        with bar:
-            for pair, outcome in _outcomes(todo, job, processes):
-                bar.update()
-                if isinstance(outcome, str):
-                    refuse(pair.case, outcome)
-                else:
-                    done[pair.case] = outcome
-                    _keep(kept, marks[pair.case], outcome)
+    bar = tqdm(total=len(pairs), initial=len(done), desc="cases", unit="case", disable=None)
+    with _kept(progress) as keep, bar:
+        for pair, outcome in _outcomes(todo, job, processes):
+            bar.update()
+            if isinstance(outcome, str):
+                refuse(pair.case, outcome)
+            else:
+                done[pair.case] = outcome
+                keep(json.dumps({"fingerprint": marks[pair.case], "found": outcome}))
     return {pair.case: done[pair.case] for pair in pairs if pair.case in done}
 
 
-def _keep(file: Any, mark: str, found: Found) -> None:
-    file.write(json.dumps({"fingerprint": mark, "found": found}) + "\n")
-    file.flush()
+@contextmanager
+def _kept(progress: Path | None) -> Iterator[Callable[[str], None]]:
+    """Where finished cases are written to, a line each."""
+    file = None
+    if progress is not None:
+        with suppress(OSError):
+            progress.parent.mkdir(parents=True, exist_ok=True)
+            file = progress.open("a", encoding="utf-8")
+    if file is None:
+        yield lambda line: None
+        return
+
+    def keep(line: str) -> None:
+        # The newline comes first: the last line of a run that was killed may have none.
+        file.write(f"\n{line}")
+        file.flush()
+
+    with file:
+        yield keep
 
 
 def _outcomes(pairs: Sequence[Pair], job: Job, processes: int) -> Iterator[tuple[Pair, Found | str]]:
@@ -124,11 +154,23 @@ def _outcomes(pairs: Sequence[Pair], job: Job, processes: int) -> Iterator[tuple
 
 
 def patients_of(reference: Path) -> dict[str, str]:
-    """Patient of each case, where one of our converters has written it beside the labels."""
-    path = reference.resolve().parent / "conversion_report.json"
+    """Patient of each case, where one of our converters has written it beside the labels.
+
+    Args:
+        reference: folder of true labels; of nnU-Net's ``gt_segmentations`` the raw dataset's report is taken, where
+            it is at hand.
+    """
+    dataset = reference.resolve().parent
+    raw = os.environ.get("nnUNet_raw")
+    if reference.name == "gt_segmentations" and raw:
+        dataset = Path(raw) / dataset.name
+    path = dataset / "conversion_report.json"
     if not path.is_file():
         return {}
-    cases = read_json(path, "the conversion", []).get("cases", {})
+    content = read_json(path, "the conversion", [])
+    cases = content.get("cases") if isinstance(content, dict) else None
+    if not isinstance(cases, dict):
+        raise CommandError(f"{path} has no cases: run the conversion again, or remove it")
     return {
         case: str(entry["patient"]) for case, entry in cases.items() if isinstance(entry, dict) and "patient" in entry
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -64,6 +65,8 @@ def score_case(pair: Pair, job: Job) -> dict[str, Any]:
         image = _on_grid(reference, pair.pet, job, resampled, is_mask=False)
         pet = sitk.GetArrayFromImage(sitk.Cast(image, sitk.sitkFloat32))
         del image
+        if not np.isfinite(pet.sum(dtype=np.float64)):
+            raise CaseError(f"{pair.pet} holds values that are no SUV, beyond all bounds: write it again")
     del reference
     labels = job.labels or Labels({str(n): (n,) for n in sorted(labels_in(truth) | labels_in(predicted))})
     for array, path in ((truth, pair.reference), (predicted, pair.predicted)):
@@ -89,7 +92,7 @@ def score_case(pair: Pair, job: Job) -> dict[str, Any]:
             other &= ~ignored
         found["measures"][name] = asdict(measure(one, other, spacing, job.wanted, number_ignored, job.workers))
         if pet is not None:
-            found["pet"][name] = _quantities(pet, one, other, spacing, pair)
+            found["pet"][name] = _quantities(pet, one, other, spacing)
     return found
 
 
@@ -107,18 +110,35 @@ def _on_grid(reference: Any, path: Any, job: Job, resampled: list[str], is_mask:
         raise CaseError(
             f"{path} and the reference differ in {difference}: predict on the reference's grid, or --resample"
         )
-    resampled.append(f"{path.name}: {difference}")
-    return on_grid_of(reference, image, is_mask)
+    moved = on_grid_of(reference, image, is_mask)
+    resampled.append(f"{path.name}: {difference}{_lost(image, moved, path) if is_mask else ''}")
+    return moved
+
+
+def _lost(image: Any, moved: Any, path: Any) -> str:
+    """What of a prediction lies outside the reference's field of view, where it counts for nothing.
+
+    Raises:
+        CaseError: where that is all of it.
+    """
+    import SimpleITK as sitk
+
+    before, after = (
+        int(np.count_nonzero(sitk.GetArrayViewFromImage(each))) * math.prod(each.GetSpacing()) / 1000
+        for each in (image, moved)
+    )
+    if before and not after:
+        raise CaseError(f"{path} has all of its foreground outside the reference's field of view: is it of this case?")
+    # Nearest neighbours alone change a volume, more so of few voxels.
+    return f"; {before:.4g} ml became {after:.4g} ml" if abs(before - after) > 0.01 * before else ""
 
 
 def _quantities(
-    pet: np.ndarray, truth: np.ndarray, predicted: np.ndarray, spacing: Sequence[float], pair: Pair
+    pet: np.ndarray, truth: np.ndarray, predicted: np.ndarray, spacing: Sequence[float]
 ) -> dict[str, dict[str, Any]]:
     common = np.flatnonzero(truth & predicted)
     sides = {}
     for side, mask in (("true", truth), ("predicted", predicted)):
-        if not np.isfinite(pet[mask]).all():
-            raise CaseError(f"{pair.pet} holds values in lesions that are no numbers: write it again")
         lesions = lesion_quantities(pet, mask, find_lesions(mask, common, keep_labels=True), spacing)
         sides[side] = {"patient": patient_quantities(lesions, spacing), "lesions": lesions}
     return sides

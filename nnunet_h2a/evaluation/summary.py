@@ -13,7 +13,8 @@ from nnunet_h2a.evaluation.measure import Measures
 from nnunet_h2a.evaluation.pet import QUANTITIES, agreement
 
 RESAMPLES = 2000
-POOLED = ("dice", "iou", "balanced_accuracy")
+#: Means of a metric in the resampled sets, and how many values each case has.
+Resampled = tuple[np.ndarray, np.ndarray]
 
 
 @dataclass(frozen=True)
@@ -55,10 +56,16 @@ class Bootstrap:
         """Sum over each resampled set of one number per case."""
         return self._weights @ np.bincount(self._group, values, self._number)
 
-    def interval(self, numbers: np.ndarray) -> list[float] | None:
-        """95 % interval; sets in which the number is not defined are left out, and one patient has no interval."""
+    def interval(self, numbers: np.ndarray, counts: np.ndarray) -> list[float] | None:
+        """95 % interval; sets in which the number is not defined are left out.
+
+        Args:
+            numbers: one for each resampled set.
+            counts: for each case, whether (or how often) it has the number. One patient alone has no interval.
+        """
         defined = numbers[np.isfinite(numbers)]
-        if self._number < 2 or not len(defined):
+        patients = np.count_nonzero(np.bincount(self._group, counts, self._number))
+        if patients < 2 or not len(defined):
             return None
         return [float(v) for v in np.percentile(defined, [2.5, 97.5])]
 
@@ -76,35 +83,34 @@ def _values(convention: Convention, metric: str, rows: Sequence[Row], scored: Se
 
 def _statistics(
     convention: Convention, scored: Sequence[Scored], rows: Sequence[Row], bootstrap: Bootstrap
-) -> tuple[dict[str, dict[str, Any]], dict[str, np.ndarray]]:
-    """Mean, SD, median, interval and number of each metric of one label; and the means of the resampled sets."""
+) -> tuple[dict[str, dict[str, Any]], dict[str, Resampled]]:
+    """Mean, SD, median, interval and number of each metric of one label; and its means in the resampled sets."""
     found: dict[str, dict[str, Any]] = {key: {} for key in ("mean", "std", "median", "ci95", "n")}
     resampled = {}
     for metric in (key for key in rows[0] if key not in COUNTS):
         by_case = _values(convention, metric, rows, scored)
         values = [v for case in by_case for v in case]
-        resampled[metric] = _divide(
-            bootstrap.sums(np.array([sum(case) for case in by_case])),
-            bootstrap.sums(np.array([float(len(case)) for case in by_case])),
-        )
+        counts = np.array([float(len(case)) for case in by_case])
+        sums = bootstrap.sums(np.array([float(sum(case)) for case in by_case]))
+        resampled[metric] = _divide(sums, bootstrap.sums(counts)), counts
         infinite = 0
-        if metric == "hd95" and convention.infinite_in_median:
-            infinite = sum(bool(s.measures.true_voxels) != bool(s.measures.predicted_voxels) for s in scored)
+        if metric == "hd95" and convention.infinite is not None:
+            infinite = sum(convention.infinite(item.measures) for item in scored)
         found["mean"][metric] = float(np.mean(values)) if values else None
         found["std"][metric] = float(np.std(values, ddof=1)) if len(values) > 1 else None
         found["median"][metric] = median_with_infinity(values, infinite)
-        found["ci95"][metric] = bootstrap.interval(resampled[metric])
+        found["ci95"][metric] = bootstrap.interval(*resampled[metric])
         found["n"][metric] = len(values)
     return found, resampled
 
 
-def _pooled(tp: Any, fp: Any, fn: Any, tn: Any) -> dict[str, Any]:
-    """Ratios of summed voxels; Dice and IoU are 1 where there is nothing to find and nothing found, as CIPA has it."""
+def _pooled(tp: Any, fp: Any, fn: Any, tn: Any, of_nothing: float | None) -> dict[str, Any]:
+    """Ratios of summed voxels; ``of_nothing`` are Dice and IoU where nothing is to be found and nothing was found."""
     tp, fp, fn, tn = (np.asarray(number, float) for number in (tp, fp, fn, tn))
-    empty = tp + fp + fn == 0
+    empty, nothing = tp + fp + fn == 0, np.nan if of_nothing is None else of_nothing
     return {
-        "dice": np.where(empty, 1.0, _divide(2 * tp, 2 * tp + fp + fn)),
-        "iou": np.where(empty, 1.0, _divide(tp, tp + fp + fn)),
+        "dice": np.where(empty, nothing, _divide(2 * tp, 2 * tp + fp + fn)),
+        "iou": np.where(empty, nothing, _divide(tp, tp + fp + fn)),
         "balanced_accuracy": (_divide(tp, tp + fn) + _divide(tn, tn + fp)) / 2,
     }
 
@@ -113,13 +119,19 @@ def _number(value: Any) -> float | None:
     return float(value) if np.isfinite(value) else None
 
 
-def summarise(convention: Convention, scored: Sequence[Scored], refused: Mapping[str, str]) -> dict[str, Any]:
+def summarise(
+    convention: Convention,
+    scored: Sequence[Scored],
+    refused: Mapping[str, str],
+    resampled: Mapping[str, Sequence[str]] | None = None,
+) -> dict[str, Any]:
     """Content of the evaluation file.
 
     Args:
         convention: how to score.
         scored: at least one case and label; every label has the same cases.
         refused: cases without scores, and why.
+        resampled: what lay on another grid, by case.
 
     Returns:
         ``cases``, one entry per case and label; ``mean``, ``std`` (n - 1), ``median``, ``ci95`` (bootstrap interval of
@@ -129,7 +141,7 @@ def summarise(convention: Convention, scored: Sequence[Scored], refused: Mapping
     """
     labels = list(dict.fromkeys(item.name for item in scored))
     by_label, aggregated, aggregated_interval, agreements, totals = {}, {}, {}, {}, []
-    averaged: dict[str, list[np.ndarray]] = {}
+    averaged: dict[str, list[Resampled]] = {}
     cases: list[dict[str, Any]] = []
     bootstrap = None
     for name in labels:
@@ -137,13 +149,13 @@ def summarise(convention: Convention, scored: Sequence[Scored], refused: Mapping
         bootstrap = Bootstrap([item.patient for item in items])
         rows = [convention.row(item.measures) for item in items]
         key = str(items[0].label)
-        statistics, resampled = _statistics(convention, items, rows, bootstrap)
+        statistics, drawn = _statistics(convention, items, rows, bootstrap)
         by_label[key] = {"name": name, **statistics}
-        for metric, means in resampled.items():
+        for metric, means in drawn.items():
             averaged.setdefault(metric, []).append(means)
         both, sizes = (np.array(v) for v in zip(*(_volumes(item.measures) for item in items), strict=True))
         aggregated[key] = _number(_divide(2 * both.sum(), sizes.sum()))
-        aggregated_interval[key] = bootstrap.interval(_divide(2 * bootstrap.sums(both), bootstrap.sums(sizes)))
+        aggregated_interval[key] = bootstrap.interval(_divide(2 * bootstrap.sums(both), bootstrap.sums(sizes)), sizes)
         totals.append(np.array([[m.tp, m.fp, m.fn, m.tn] for m in (item.measures for item in items)], float))
         if any(item.pet for item in items):
             agreements[key] = {
@@ -157,7 +169,9 @@ def summarise(convention: Convention, scored: Sequence[Scored], refused: Mapping
             cases.append(entry | ({"pet": item.pet} if item.pet else {}))
     voxels = sum(totals)
     resampled_voxels = [bootstrap.sums(column) for column in voxels.T]
-    pooled = _pooled(*voxels.sum(0))
+    pooled = _pooled(*voxels.sum(0), convention.pooled_of_nothing)
+    resampled_pooled = _pooled(*resampled_voxels, convention.pooled_of_nothing)
+    classes = [value for value in aggregated.values() if value is not None]
     return {
         "convention": convention.name,
         "source": convention.source,
@@ -166,10 +180,12 @@ def summarise(convention: Convention, scored: Sequence[Scored], refused: Mapping
         **_average(by_label, averaged, bootstrap),
         "by_label": by_label,
         "pooled": {key: _number(value) for key, value in pooled.items()},
-        "pooled_ci95": {key: bootstrap.interval(v) for key, v in _pooled(*resampled_voxels).items()},
+        "pooled_ci95": {key: bootstrap.interval(v, np.ones(len(voxels))) for key, v in resampled_pooled.items()},
         "aggregated_dice": aggregated,
+        "aggregated_dice_mean": float(np.mean(classes)) if classes else None,
         "aggregated_dice_ci95": aggregated_interval,
         **({"pet_agreement": agreements} if agreements else {}),
+        "resampled": dict(resampled or {}),
         "refused": dict(refused),
     }
 
@@ -183,7 +199,7 @@ def _volumes(m: Measures) -> tuple[float, float]:
 
 
 def _average(
-    by_label: Mapping[str, Mapping[str, Any]], resampled: Mapping[str, list[np.ndarray]], bootstrap: Bootstrap
+    by_label: Mapping[str, Mapping[str, Any]], resampled: Mapping[str, list[Resampled]], bootstrap: Bootstrap
 ) -> dict[str, dict[str, Any]]:
     """Averages of the labels' values, where they are defined."""
     found: dict[str, dict[str, Any]] = {}
@@ -193,8 +209,9 @@ def _average(
             values = [label[key][metric] for label in by_label.values() if label[key][metric] is not None]
             found[key][metric] = float(np.mean(values)) if values else None
     found["ci95"], found["n"] = {}, {}
-    for metric, means in resampled.items():
-        kept = [m for m in means if np.isfinite(m).any()]
-        found["ci95"][metric] = bootstrap.interval(np.mean(kept, axis=0)) if kept else None
+    for metric, labels in resampled.items():
+        kept = [(means, counts) for means, counts in labels if np.isfinite(means).any()]
+        averages = np.mean([means for means, _ in kept], axis=0) if kept else np.array([])
+        found["ci95"][metric] = bootstrap.interval(averages, sum(counts for _, counts in kept)) if kept else None
         found["n"][metric] = sum(label["n"][metric] for label in by_label.values())
     return found

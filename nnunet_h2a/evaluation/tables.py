@@ -33,10 +33,18 @@ def write_summary(path: Path, summary: Mapping[str, Any], convention: Convention
     }
     if lesions := lesions_csv(summary):
         contents[path.with_name(f"{path.stem}_lesions.csv")] = lesions
-    for target, text in contents.items():
-        half = target.with_name(target.name + ".part")
-        half.write_text(text, encoding="utf-8")
-        half.replace(target)
+    halves = {target: target.with_name(target.name + ".part") for target in contents}
+    try:
+        for target, half in halves.items():
+            half.write_text(contents[target], encoding="utf-8")
+        for target, half in halves.items():
+            half.replace(target)
+    finally:
+        for half in halves.values():
+            half.unlink(missing_ok=True)
+    # Of an earlier run with images.
+    if not lesions:
+        path.with_name(f"{path.stem}_lesions.csv").unlink(missing_ok=True)
     return list(contents)
 
 
@@ -125,6 +133,9 @@ def markdown(summary: Mapping[str, Any], convention: Convention) -> str:
                 f"{_interval(None if q['lower'] is None else [q['lower'], q['upper']])} |"
                 for name, q in quantities.items()
             ]  # fmt: skip
+    if summary["resampled"]:
+        lines += ["", "On other grids, resampled by position:", ""]
+        lines += [f"- {case}: {'; '.join(what)}" for case, what in summary["resampled"].items()]
     if summary["refused"]:
         lines += ["", "Not scored:", "", *(f"- {case}: {why}" for case, why in summary["refused"].items())]
     return "\n".join(lines) + "\n"
@@ -137,7 +148,9 @@ def _reported(reported: str, summary: Mapping[str, Any], convention: Convention)
             (f"aggregated Dice, {summary['by_label'][key]['name']}", _shown(value),
              _interval(summary["aggregated_dice_ci95"][key]))
             for key, value in summary["aggregated_dice"].items()
-        ]  # fmt: skip
+        ] + [("aggregated Dice, mean of the labels", _shown(summary["aggregated_dice_mean"]), "–")] * (
+            len(summary["aggregated_dice"]) > 1
+        )  # fmt: skip
     kind, _, metric = reported.rpartition(" ")
     if kind == "pooled":
         name = f"pooled {_NAMES.get(metric, metric)}"

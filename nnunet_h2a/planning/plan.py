@@ -15,6 +15,7 @@ from nnunet_h2a.command import (
     dataset_folder,
     dataset_number,
     nnunet_folder,
+    positive,
     read_plans,
     run_command,
 )
@@ -23,13 +24,6 @@ from nnunet_h2a.planning.make_plans import STOCK, make_plans
 from nnunet_h2a.planning.sizing import PRESETS, USABLE, Size
 from nnunet_h2a.training.modalities import ChannelError
 from nnunet_h2a.widths import FIXED_STAGES, PUBLISHED_WIDTHS
-
-
-def _positive(text: str) -> int:
-    """An argparse type: an integer above 0."""
-    if not text.isdigit() or int(text) == 0:
-        raise argparse.ArgumentTypeError(f"{text} is not a positive integer")
-    return int(text)
 
 
 def _gibibytes(text: str) -> float:
@@ -64,13 +58,13 @@ def build_parser() -> argparse.ArgumentParser:
         "-o", "--plans-name", help="name of the new plans [nnUNet<network>Plans, nnUNet<network>PETPlans or …CTPlans]",
     )  # fmt: skip
     parser.add_argument(
-        "--patch-size", type=_positive, nargs="+", metavar="N",
+        "--patch-size", type=positive, nargs="+", metavar="N",
         help="patch in voxels, in the plans' axis order (lowest resolution first) [the base plans']",
     )  # fmt: skip
-    parser.add_argument("--batch-size", type=_positive, metavar="N", help="patches per step [the base plans']")
-    parser.add_argument("--n-stages", type=_positive, metavar="N", help="number of resolutions [as the patch allows]")
+    parser.add_argument("--batch-size", type=positive, metavar="N", help="patches per step [the base plans']")
+    parser.add_argument("--n-stages", type=positive, metavar="N", help="number of resolutions [as the patch allows]")
     parser.add_argument(
-        "--features", type=_positive, nargs="+", metavar="F",
+        "--features", type=positive, nargs="+", metavar="F",
         help="channels of each stage (per branch); four numbers for CIPA [the network's published widths]",
     )  # fmt: skip
     parser.add_argument(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import json
 import re
 import shutil
 
@@ -13,7 +12,9 @@ from scipy.stats import wilcoxon
 
 from nnunet_h2a.evaluation import run_cases
 from nnunet_h2a.evaluation.compare import main
-from nnunet_h2a.evaluation.comparison import compare, disagreements, holm, paired_p
+from nnunet_h2a.evaluation.comparison import by_case, compare, disagreements, holm, paired_p
+from nnunet_h2a.evaluation.comparison_tables import markdown
+from nnunet_h2a.evaluation.conventions import CONVENTIONS
 from tests.crossval.conftest import CASES, DATASET
 
 
@@ -33,6 +34,35 @@ def test_wilcoxon_takes_the_pairs_that_are_defined():
     assert paired_p([None], [1]) == (None, 0)
 
 
+def test_few_differences_among_many_equal_pairs():
+    """Five of five pairs with a difference on one side: 2 of 32 assignments of signs, however many pairs are equal."""
+    zeros = np.zeros(25)
+    moved = zeros.copy()
+    moved[:5] = 0.2
+    assert paired_p(moved, zeros) == (0.0625, 25)
+    moved[:5] = np.arange(5) + 1
+    assert paired_p(moved, zeros) == (0.0625, 25)
+
+
+def test_labels_of_a_case_are_one_observation():
+    rows = [
+        {"case": f"c{k}", "label": label, "dice": value}
+        for k in range(4)
+        for label, value in ((1, k / 4), (2, None if k == 3 else 1.0))
+    ]
+    assert by_case({"cases": rows}, "dice") == [0.5, 0.625, 0.75, 0.75]
+
+
+def test_a_mean_over_fewer_cases_has_no_rank():
+    full, part = summary([0.5, 0.5], [3, 3]), summary([1, 0], [1, 9])
+    part["mean"]["hd95"], part["n"]["hd95"], part["cases"][1]["hd95"] = 1.0, 1, None
+    table = compare({"full": full, "part": part}, "full", ["hd95"])
+    assert (table["full"]["hd95"].rank, table["full"]["hd95"].complete) == (1, True)
+    assert (table["part"]["hd95"].rank, table["part"]["hd95"].complete) == (None, False)
+    text = markdown(table, CONVENTIONS["autopet"], "full", [])
+    assert "(n = 1)" in text
+
+
 def summary(dice, hd95):
     """What of an evaluation file is compared."""
     columns = {"dice": dice, "hd95": hd95}
@@ -41,7 +71,7 @@ def summary(dice, hd95):
         for name, function in (("mean", np.mean), ("std", np.std), ("median", np.median), ("n", len))
     }
     cases = [{"case": f"c{k}", "label": 1, "dice": dice[k], "hd95": hd95[k]} for k in range(len(dice))]
-    return {"cases": cases, "ci95": {"dice": None, "hd95": [0, 1]}, **statistics}
+    return {"convention": "autopet", "cases": cases, "ci95": {"dice": None, "hd95": [0, 1]}, **statistics}
 
 
 def test_ranks_and_tests():
@@ -94,16 +124,20 @@ def test_files(arguments, tmp_path, capsys):
     ours = "nnUNetTrainerH2ASeg__nnUNetPlans__3d_fullres"
     (line,) = [line for line in text.splitlines() if line.startswith(f"| {ours} | **1 ± 0**")]
     # The last columns are the set's: aggregated Dice, and the median of HD95.
-    assert line.endswith("| 1 | 0 |")
+    assert line.endswith("| **1** | **0** |")
     assert text.count("<u>") > 3
     assert "differs from nnUNetTrainer__nnUNetPlans__3d_fullres" in text
-    assert all(case in text for case in CASES[:1])
+    # In the third case all predictions are equal.
+    assert [case for case in CASES if f"| {case} | 1 | " in text] == ["case_0", "case_1", "case_3"]
     rows = list(csv.DictReader((tmp_path / "table" / "comparison.csv").open()))
     (row,) = [row for row in rows if row["model"] == ours and row["metric"] == "dice"]
-    assert (row["mean"], row["n"], row["rank"]) == ("1.0", "4", "1")
+    assert (row["value"], row["n"], row["rank"]) == ("1.0", "4", "1")
+    (row,) = [row for row in rows if row["model"] == ours and row["metric"] == "aggregated dice of tumor"]
+    assert (row["value"], row["rank"], row["ci95_low"]) == ("1.0", "1", "1.0")
     tex = (tmp_path / "table" / "comparison.tex").read_text()
     assert r"nnUNetTrainerH2ASeg\_\_nnUNetPlans\_\_3d\_fullres & \textbf{1 $\pm$ 0}" in tex
     assert r"Dice $\uparrow$" in tex
+    assert r"aggregated Dice of tumor $\uparrow$ & median HD95 (mm) $\downarrow$" in tex
     assert not re.search(r"(?<!\\)_", tex)
     columns = {line.count("&") for line in tex.splitlines() if line.endswith(r"\\")}
     assert len(columns) == 1
@@ -168,4 +202,3 @@ def test_some_metrics(arguments, tmp_path):
     assert main([*arguments, "--metrics", "dice", "assd"]) == 0
     rows = list(csv.DictReader((tmp_path / "table" / "comparison.csv").open()))
     assert {row["metric"] for row in rows} == {"dice", "assd"}
-    assert json.loads((tmp_path / "nnUNet_preprocessed" / DATASET / "dataset.json").read_text())

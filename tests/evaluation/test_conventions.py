@@ -129,9 +129,11 @@ def test_pooled_and_aggregated():
     assert found["pooled"]["dice"] == pytest.approx(2 * tp / (2 * tp + fp + fn))
     assert found["pooled"]["balanced_accuracy"] == pytest.approx((tp / (tp + fn) + tn / (tn + fp)) / 2)
     assert found["aggregated_dice"] == {"1": pytest.approx(2 * tp / (2 * tp + fp + fn))}
-    assert summary("cipa", {"nothing": CASES["nothing"]})["pooled"] == {
-        "dice": 1, "iou": 1, "balanced_accuracy": None,
-    }  # fmt: skip
+    nothing = {"nothing": CASES["nothing"]}
+    # One is what CIPA's script says of nothing; nobody else does.
+    assert summary("cipa", nothing)["pooled"] == {"dice": 1, "iou": 1, "balanced_accuracy": None}
+    assert summary("autopet", nothing)["pooled"] == {"dice": None, "iou": None, "balanced_accuracy": None}
+    assert summary("hecktor", labels=(1, 2))["aggregated_dice_mean"] == pytest.approx(2 * tp / (2 * tp + fp + fn))
 
 
 def test_cipa_takes_the_mean_over_images_and_not_over_cases():
@@ -155,6 +157,21 @@ def test_median_counts_lost_cases_as_infinitely_far():
     # Elsewhere the median is over the two cases that have a distance, one of which is 0.
     plain = summary("autopet", cases)
     assert plain["median"]["hd95"] == pytest.approx(plain["cases"][0]["hd95"] / 2)
+
+
+def test_the_published_median_counts_false_cases_as_infinite_and_lost_ones_as_perfect():
+    cases = {"far": (FULL, block(0, 2, 2)), "equal": (FULL, FULL), "false": CASES["no truth"]}
+    assert summary("hecktor-as-published", cases)["median"]["hd95"] == 1.5
+    cases = {"far": (FULL, block(0, 2, 2)), "equal": (FULL, FULL), "lost": CASES["no prediction"]}
+    assert summary("hecktor-as-published", cases)["median"]["hd95"] == 0
+
+
+def test_one_patient_alone_has_no_interval():
+    """However many others there are: nobody knows how the number varies."""
+    found = summary("autopet", {"a": CASES["both"], **{f"free {k}": CASES["nothing"] for k in range(9)}})
+    assert found["mean"]["dice"] is not None
+    assert found["ci95"]["dice"] is None
+    assert found["ci95"]["fp_volume_ml"] == [0, 0]
 
 
 def test_patients_are_drawn_whole():

@@ -164,6 +164,21 @@ def test_regions_and_ignored_voxels(folders):
     assert {key: found["2"][key] for key in ("tp", "fp", "fn")} == {"tp": 0, "fp": 0, "fn": 8}
 
 
+@pytest.mark.parametrize("content", ["[]", '{"cases": []}', "{}"])
+def test_a_damaged_conversion_report(folders, capsys, content):
+    (folders / "conversion_report.json").write_text(content)
+    assert main(arguments(folders)) == 2
+    assert "conversion_report.json has no cases" in capsys.readouterr().err
+
+
+def test_a_pet_value_beyond_all_bounds(folders, capsys):
+    image = np.ones((6, 16, 20))
+    image[0, 0, 0] = 1e300
+    write(folders / "imagesTr" / "case_1_0001.nii.gz", image)
+    assert main(arguments(folders, "-img", folders / "imagesTr")) == 1
+    assert "case_1_0001.nii.gz holds values that are no SUV" in capsys.readouterr().err
+
+
 def test_patients_of_a_conversion_report(folders):
     report = {"cases": {f"case_{case}": {"patient": "one"} for case in range(3)}}
     (folders / "conversion_report.json").write_text(json.dumps(report))
@@ -231,6 +246,20 @@ def test_a_hair_of_difference_in_headers_is_no_other_grid(folders):
     assert main(arguments(folders)) == 0
 
 
+def test_what_lies_outside_the_field_of_view(folders, capsys):
+    """It counts for nothing, and that is said; a prediction that is nowhere near is refused."""
+    mask = np.zeros((6, 16, 24), np.uint8)
+    mask[1:3, 2:6, 16:24] = 1
+    write(folders / "predicted" / "case_0.nii.gz", mask)
+    write(folders / "predicted" / "case_1.nii.gz", mask, origin=(10000.0, -3.0, 10.0))
+    assert main(arguments(folders, "--resample")) == 1
+    assert "all of its foreground outside the reference's field of view" in capsys.readouterr().err
+    (note,) = result(folders)["resampled"]["case_0"]
+    assert "0.576 ml became 0.288 ml" in note
+    assert note in (folders / "out" / "s.md").read_text()
+    assert cases(folders)["case_0", 1]["fp"] == 2 * 4 * 4
+
+
 def test_two_dimensions(folders):
     for name in ("labelsTr", "predicted"):
         mask = np.zeros((20, 30), np.uint8)
@@ -250,17 +279,28 @@ def test_two_dimensions(folders):
         (["-djfile", "nowhere.json"], "nowhere.json does not exist"),
         (["-o", "summary.txt"], "ends with .json"),
         (["-ref", "."], "holds no label file"),
+        (["-djfile", "list.json"], '"labels" must give integers by name'),
+        (["-djfile", "old.json"], '"labels" must give integers by name'),
+        (["-djfile", "empty.json"], '"labels" must give integers by name'),
+        (["-djfile", "none.json"], "no label beside the background"),
+        (["-djfile", "latin.json"], "is not JSON"),
     ],
 )
 def test_nothing_is_done(folders, capsys, monkeypatch, more, text):
     (folders / "empty").mkdir()
     monkeypatch.chdir(folders / "empty")
+    for name, labels in (
+        ("list", ["tumor"]), ("old", {"0": "background", "1": "tumor"}), ("empty", {"background": 0, "tumor": []}),
+        ("none", {"background": 0}),
+    ):  # fmt: skip
+        Path(f"{name}.json").write_text(json.dumps({"labels": labels}))
+    Path("latin.json").write_bytes('{"labels": {"Läsion": 1}}'.encode("latin-1"))
     assert main(arguments(folders, *more)) == 2
     captured = capsys.readouterr()
     assert text in captured.err
     assert captured.err.startswith("error: ")
     assert captured.err.count("\n") == 1
-    assert not (folders / "out").exists()
+    assert not list((folders / "out").glob("*"))
 
 
 def test_two_files_of_one_case(folders, capsys):
@@ -292,7 +332,7 @@ def test_goes_on_where_it_was_stopped(folders, monkeypatch):
     assert main(arguments(folders)) == 130
     progress = folders / "out" / "s.json.progress"
     # As after a power failure: half a line.
-    progress.write_text(progress.read_text() + '{"fingerprint": "12')
+    progress.write_text(progress.read_text() + '\n{"fingerprint": "12')
     # A prediction that has changed since is measured again.
     write(folders / "predicted" / "case_0.nii.gz", np.zeros((6, 16, 20), np.uint8))
     scored.clear()
@@ -301,6 +341,46 @@ def test_goes_on_where_it_was_stopped(folders, monkeypatch):
     assert scored == ["case_0", "case_2"]
     assert cases(folders)["case_0", 1]["dice"] == 0
     assert not progress.exists()
+
+
+def test_kept_measures_are_of_this_version_and_this_file_only(folders, capsys, monkeypatch):
+    cache = folders / "cache"
+    assert main(arguments(folders, "--cache", cache)) == 0
+    before = result(folders)
+    cache.write_text(cache.read_text().replace('"fn": 18', '"fn": 1'))
+    assert main(arguments(folders, "--cache", cache)) == 0
+    assert result(folders) != before
+    monkeypatch.setattr(run_cases, "MEASURES_VERSION", 0)
+    assert main(arguments(folders, "--cache", cache)) == 0
+    assert result(folders) == before
+    mine = folders / "mine.txt"
+    mine.write_text("1\n2\n3\n")
+    capsys.readouterr()
+    assert main(arguments(folders, "--cache", mine)) == 2
+    assert "holds something else than measures" in capsys.readouterr().err
+    assert mine.read_text() == "1\n2\n3\n"
+
+
+def test_no_half_results(folders, capsys):
+    """A table that cannot be written leaves the earlier ones as they were, and nothing beside them."""
+    assert main(arguments(folders, "-img", folders / "imagesTr")) == 0
+    (folders / "out" / "s.md").unlink()
+    (folders / "out" / "s.md.part").mkdir()
+    before = (folders / "out" / "s.json").read_bytes()
+    write(folders / "predicted" / "case_0.nii.gz", np.zeros((6, 16, 20), np.uint8))
+    assert main(arguments(folders)) == 2
+    assert "s.md.part: Is a directory" in capsys.readouterr().err
+    assert (folders / "out" / "s.json").read_bytes() == before
+    assert not (folders / "out" / "s.json.part").exists()
+    (folders / "out" / "s.md.part").rmdir()
+    assert main(arguments(folders)) == 0
+    # The lesions of the run with images are not those of this one.
+    assert sorted(p.name for p in (folders / "out").iterdir()) == ["s.csv", "s.json", "s.md"]
+
+
+def test_files_that_macos_leaves_are_no_cases(folders):
+    (folders / "labelsTr" / "._case_0.nii.gz").write_bytes(b"x")
+    assert main(arguments(folders)) == 0
 
 
 def test_several_processes_give_the_same(folders):
