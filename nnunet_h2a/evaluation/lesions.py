@@ -52,6 +52,36 @@ def find_lesions(mask: np.ndarray, common: np.ndarray, keep_labels: bool = False
     return Lesions(voxels, touched[1:], labels - 1 if keep_labels else None)
 
 
+def matches(
+    masks: tuple[np.ndarray, np.ndarray], both: tuple[Lesions, Lesions], common: np.ndarray
+) -> list[int | None]:
+    """For each lesion of the first mask the lesion of the second that belongs to it.
+
+    Two lesions belong together where each has more voxels in common with the other than with any other lesion; of
+    equally large parts the one with the lower number counts.
+
+    Args:
+        masks: (z, y, x) bool.
+        both: their lesions, with labels.
+        common: positions of the voxels that both have, in C order.
+
+    Returns:
+        Numbers from 0, None for a lesion without a partner.
+    """
+    here, there = (
+        lesions.labels[np.searchsorted(np.flatnonzero(mask), common)].astype(np.int64)
+        for mask, lesions in zip(masks, both, strict=True)
+    )
+    pairs, shared = np.unique(np.stack([here, there]), axis=1, return_counts=True)
+    best: tuple[dict[int, int], dict[int, int]] = {}, {}
+    for place in np.argsort(-shared, kind="stable"):
+        one, other = (int(number) for number in pairs[:, place])
+        best[0].setdefault(one, other)
+        best[1].setdefault(other, one)
+    found = [best[0].get(one) for one in range(len(both[0]))]
+    return [other if other is not None and best[1][other] == one else None for one, other in enumerate(found)]
+
+
 def detection_f1(truth: Lesions, predicted: Lesions) -> float | None:
     """F1 of finding lesions: a true lesion is found where a predicted voxel lies in it.
 

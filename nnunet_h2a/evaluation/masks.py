@@ -87,20 +87,35 @@ def read_image(path: Path) -> sitk.Image:
     return image
 
 
-def _corners(image: sitk.Image) -> np.ndarray:
-    ends = [(0, max(length - 1, 1)) for length in image.GetSize()]
-    return np.array([image.TransformContinuousIndexToPhysicalPoint([float(i) for i in c]) for c in product(*ends)])
+@dataclass(frozen=True)
+class Grid:
+    """Where a volume's voxels are, without the voxels; axes in ITK's order, (x, y, z)."""
+
+    size: tuple[int, ...]
+    spacing: tuple[float, ...]
+    origin: tuple[float, ...]
+    direction: tuple[float, ...]
+
+    @classmethod
+    def of(cls, image: sitk.Image) -> Grid:
+        """The grid of an image with three axes."""
+        return cls(image.GetSize(), image.GetSpacing(), image.GetOrigin(), image.GetDirection())
+
+    def corners(self) -> np.ndarray:
+        """Positions of the centres of the eight outermost voxels in mm."""
+        ends = np.array(list(product(*((0, max(length - 1, 1)) for length in self.size))), float)
+        return np.array(self.origin) + (ends * self.spacing) @ np.array(self.direction).reshape(3, 3).T
 
 
-def difference_of_grids(one: sitk.Image, other: sitk.Image) -> str | None:
+def difference_of_grids(one: Grid, other: Grid) -> str | None:
     """What differs between two grids, in words; None where they are one."""
-    if one.GetSize() != other.GetSize():
-        return f"{_times(one.GetSize())} and {_times(other.GetSize())} voxels"
-    moved = np.abs(_corners(one) - _corners(other)).max()
-    if moved <= TOLERANCE * min(one.GetSpacing()):
+    if one.size != other.size:
+        return f"{_times(one.size)} and {_times(other.size)} voxels"
+    moved = np.abs(one.corners() - other.corners()).max()
+    if moved <= TOLERANCE * min(one.spacing):
         return None
-    if not np.allclose(one.GetSpacing(), other.GetSpacing(), rtol=1e-3):
-        return f"spacings {_times(one.GetSpacing())} and {_times(other.GetSpacing())} mm"
+    if not np.allclose(one.spacing, other.spacing, rtol=1e-3):
+        return f"spacings {_times(one.spacing)} and {_times(other.spacing)} mm"
     return f"positions or orientations, by up to {moved:.3g} mm"
 
 
@@ -108,10 +123,13 @@ def _times(numbers: Sequence[float]) -> str:
     return " x ".join(f"{number:.6g}" for number in numbers)
 
 
-def on_grid_of(reference: sitk.Image, image: sitk.Image, is_mask: bool = True) -> sitk.Image:
+def on_grid_of(grid: Grid, image: sitk.Image, is_mask: bool = True) -> sitk.Image:
     """An image resampled by physical coordinates; 0 outside. Masks by nearest neighbour, others linearly."""
     interpolator = sitk.sitkNearestNeighbor if is_mask else sitk.sitkLinear
-    return sitk.Resample(image, reference, sitk.Transform(), interpolator, 0.0, image.GetPixelID())
+    return sitk.Resample(
+        image, grid.size, sitk.Transform(), interpolator, grid.origin, grid.spacing, grid.direction, 0.0,
+        image.GetPixelID(),
+    )  # fmt: skip
 
 
 def labels_of(image: sitk.Image, path: Path) -> np.ndarray:

@@ -17,6 +17,9 @@ PEAK_RADIUS = (3 * 1000 / (4 * math.pi)) ** (1 / 3)
 #: Quantities of a patient; :func:`patient_quantities` says what they are.
 QUANTITIES = ("tmtv_ml", "tlg", "suv_max", "suv_mean", "suv_peak", "suv_peak_global", "lesions", "dmax_mm")
 
+#: Quantities of a lesion that are compared; :func:`lesion_quantities` says what they are.
+LESION_QUANTITIES = ("volume_ml", "tlg", "suv_max", "suv_mean", "suv_peak", "suv_peak_global")
+
 Quantities = dict[str, float | int | None]
 
 
@@ -64,7 +67,8 @@ def lesion_quantities(
         For each lesion: ``volume_ml``; ``suv_max``, ``suv_mean``; ``suv_peak``, the mean over the 1 ml sphere around
         the hottest voxel (around the one with the highest mean where several are equally hot); ``suv_peak_global``,
         the highest such mean around any voxel of the lesion; ``tlg``, volume times mean SUV in ml; ``z``, ``y``,
-        ``x``, the centroid in voxels; ``found``, whether the other mask has a voxel in it.
+        ``x``, the centroid in voxels; ``found``, whether the other mask has a voxel in it; ``partner``, a place for
+        the number of the lesion of the other mask that belongs to it.
     """
     if not len(lesions):
         return []
@@ -90,7 +94,7 @@ def lesion_quantities(
             "suv_peak_global": float(best[i]),
             "tlg": float(sums[i]) * voxel_ml,
             "z": float(centroids[i, 0]), "y": float(centroids[i, 1]), "x": float(centroids[i, 2]),
-            "found": bool(lesions.touched[i]),
+            "found": bool(lesions.touched[i]), "partner": None,
         }
         for i in range(count)
     ]  # fmt: skip

@@ -9,9 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from nnunet_h2a.evaluation.lesions import find_lesions
+from nnunet_h2a.evaluation.lesions import find_lesions, matches
 from nnunet_h2a.evaluation.masks import (
     CaseError,
+    Grid,
     Labels,
     Pair,
     difference_of_grids,
@@ -54,20 +55,21 @@ def score_case(pair: Pair, job: Job) -> dict[str, Any]:
         CaseError: where a file cannot be used.
     """
     reference = read_image(pair.reference)
-    truth = labels_of(reference, pair.reference)
-    spacing = reference.GetSpacing()[::-1]
+    truth, grid = labels_of(reference, pair.reference), Grid.of(reference)
+    # An image holds its voxels beside the array that was made of them.
+    del reference
+    spacing = grid.spacing[::-1]
     resampled: list[str] = []
-    predicted = labels_of(_on_grid(reference, pair.predicted, job, resampled, is_mask=True), pair.predicted)
+    predicted = labels_of(_on_grid(grid, pair.predicted, job, resampled, is_mask=True), pair.predicted)
     pet = None
     if pair.pet is not None:
         import SimpleITK as sitk
 
-        image = _on_grid(reference, pair.pet, job, resampled, is_mask=False)
+        image = _on_grid(grid, pair.pet, job, resampled, is_mask=False)
         pet = sitk.GetArrayFromImage(sitk.Cast(image, sitk.sitkFloat32))
         del image
         if not np.isfinite(pet.sum(dtype=np.float64)):
             raise CaseError(f"{pair.pet} holds values that are no SUV, beyond all bounds: write it again")
-    del reference
     labels = job.labels or Labels({str(n): (n,) for n in sorted(labels_in(truth) | labels_in(predicted))})
     for array, path in ((truth, pair.reference), (predicted, pair.predicted)):
         strange = labels_in(array) - labels.known if labels.known is not None else set()
@@ -101,16 +103,16 @@ def _single(labels: Labels, truth: np.ndarray, predicted: np.ndarray) -> bool:
     return integers == [(1,)] and all(a.dtype == np.uint8 and a.max(initial=0) <= 1 for a in (truth, predicted))
 
 
-def _on_grid(reference: Any, path: Any, job: Job, resampled: list[str], is_mask: bool) -> Any:
+def _on_grid(grid: Grid, path: Any, job: Job, resampled: list[str], is_mask: bool) -> Any:
     image = read_image(path)
-    difference = difference_of_grids(reference, image)
+    difference = difference_of_grids(grid, Grid.of(image))
     if difference is None:
         return image
     if not job.resample:
         raise CaseError(
             f"{path} and the reference differ in {difference}: predict on the reference's grid, or --resample"
         )
-    moved = on_grid_of(reference, image, is_mask)
+    moved = on_grid_of(grid, image, is_mask)
     resampled.append(f"{path.name}: {difference}{_lost(image, moved, path) if is_mask else ''}")
     return moved
 
@@ -136,11 +138,17 @@ def _lost(image: Any, moved: Any, path: Any) -> str:
 def _quantities(
     pet: np.ndarray, truth: np.ndarray, predicted: np.ndarray, spacing: Sequence[float]
 ) -> dict[str, dict[str, Any]]:
+    masks = truth, predicted
     common = np.flatnonzero(truth & predicted)
+    both = tuple(find_lesions(mask, common, keep_labels=True) for mask in masks)
     sides = {}
-    for side, mask in (("true", truth), ("predicted", predicted)):
-        lesions = lesion_quantities(pet, mask, find_lesions(mask, common, keep_labels=True), spacing)
-        sides[side] = {"patient": patient_quantities(lesions, spacing), "lesions": lesions}
+    for side, mask, lesions in zip(("true", "predicted"), masks, both, strict=True):
+        quantities = lesion_quantities(pet, mask, lesions, spacing)
+        sides[side] = {"patient": patient_quantities(quantities, spacing), "lesions": quantities}
+    for one, other in enumerate(matches(masks, both, common)):
+        sides["true"]["lesions"][one]["partner"] = None if other is None else other + 1
+        if other is not None:
+            sides["predicted"]["lesions"][other]["partner"] = one + 1
     return sides
 
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from nnunet_h2a.evaluation.conventions import COUNTS, Convention, Row, median_with_infinity
 from nnunet_h2a.evaluation.measure import Measures
-from nnunet_h2a.evaluation.pet import QUANTITIES, agreement
+from nnunet_h2a.evaluation.pet import LESION_QUANTITIES, QUANTITIES, agreement
 
 RESAMPLES = 2000
 #: Means of a metric in the resampled sets, and how many values each case has.
@@ -158,12 +158,7 @@ def summarise(
         aggregated_interval[key] = bootstrap.interval(_divide(2 * bootstrap.sums(both), bootstrap.sums(sizes)), sizes)
         totals.append(np.array([[m.tp, m.fp, m.fn, m.tn] for m in (item.measures for item in items)], float))
         if any(item.pet for item in items):
-            agreements[key] = {
-                quantity: agreement(
-                    *([item.pet[side]["patient"][quantity] if item.pet else None for item in items] for side in _SIDES)
-                )
-                for quantity in QUANTITIES
-            }
+            agreements[key] = _agreements([item.pet for item in items if item.pet])
         for item, row in zip(items, rows, strict=True):
             entry = {"case": item.case, "label": item.label, "label_name": name, **row}
             cases.append(entry | ({"pet": item.pet} if item.pet else {}))
@@ -191,6 +186,26 @@ def summarise(
 
 
 _SIDES = ("true", "predicted")
+
+
+def _agreements(cases: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Predicted against true quantities, of cases and of lesions that belong together."""
+    pairs = [
+        (lesion, case["predicted"]["lesions"][lesion["partner"] - 1])
+        for case in cases
+        for lesion in case["true"]["lesions"]
+        if lesion["partner"] is not None
+    ]
+    return {
+        "case": {
+            quantity: agreement(*([case[side]["patient"][quantity] for case in cases] for side in _SIDES))
+            for quantity in QUANTITIES
+        },
+        "lesion": {
+            quantity: agreement([one[quantity] for one, _ in pairs], [other[quantity] for _, other in pairs])
+            for quantity in LESION_QUANTITIES
+        },
+    }
 
 
 def _volumes(m: Measures) -> tuple[float, float]:

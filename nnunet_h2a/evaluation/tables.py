@@ -122,12 +122,10 @@ def markdown(summary: Mapping[str, Any], convention: Convention) -> str:
             )
         counts = {c: sum(e[c] or 0 for e in summary["cases"] if str(e["label"]) == key) for c in COUNTS}
         lines += ["", ", ".join(f"{name.replace('_', ' ')}: {number}" for name, number in counts.items())]
-        if quantities := summary.get("pet_agreement", {}).get(key):
-            lines += [
-                "",
-                "| PET quantity | patients | bias (predicted minus true) | limits of agreement |",
-                "|---|---|---|---|",
-            ]
+        for kind, quantities in summary.get("pet_agreement", {}).get(key, {}).items():
+            of_what = "cases" if kind == "case" else "lesions, each with its counterpart"
+            lines += ["", f"| PET quantity | {of_what} | bias (predicted minus true) | limits of agreement |"]
+            lines += ["|---|---|---|---|"]
             lines += [
                 f"| {name} | {q['n']} | {_shown(q['bias'])} | "
                 f"{_interval(None if q['lower'] is None else [q['lower'], q['upper']])} |"

@@ -118,7 +118,12 @@ def test_pet(folders):
     pet = sitk.GetArrayFromImage(sitk.ReadImage(str(folders / "imagesTr" / "case_0_0001.nii.gz")))
     assert found["true"]["patient"]["suv_max"] == pet[1:4, 2:8, 3:9].max()
     assert found["predicted"]["patient"]["tmtv_ml"] == pytest.approx(0.009 * 108)
-    agreement = result(folders)["pet_agreement"]["1"]
+    lesion = result(folders)["pet_agreement"]["1"]["lesion"]
+    assert lesion["volume_ml"] | {"lower": 0, "upper": 0} == {"n": 1, "bias": 0, "lower": 0, "upper": 0}
+    (one,), (other,) = found["true"]["lesions"], found["predicted"]["lesions"]
+    assert (one["partner"], other["partner"]) == (1, 1)
+    assert lesion["suv_mean"]["bias"] == pytest.approx(other["suv_mean"] - one["suv_mean"])
+    agreement = result(folders)["pet_agreement"]["1"]["case"]
     assert agreement["tmtv_ml"]["n"] == 3
     assert agreement["tmtv_ml"]["bias"] == pytest.approx(0.009 / 3)
     lesions = list(csv.DictReader((folders / "out" / "s_lesions.csv").open()))

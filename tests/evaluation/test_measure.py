@@ -9,7 +9,7 @@ import pytest
 
 from nnunet_h2a.evaluation import surfaces
 from nnunet_h2a.evaluation.images import image_distances
-from nnunet_h2a.evaluation.lesions import detection_f1, find_lesions
+from nnunet_h2a.evaluation.lesions import detection_f1, find_lesions, matches
 from nnunet_h2a.evaluation.measure import DUMMIES, ELEMENTS, IMAGES, LESIONS, SURFACES, SWAPPED, VOXELS, measure
 from nnunet_h2a.evaluation.surfaces import distances_between, surface_points
 from tests.evaluation.brute import border, directed, random_pair, untouched
@@ -90,6 +90,18 @@ def test_lesions_by_hand():
     nothing = find_lesions(truth & False, common[:0])
     assert detection_f1(nothing, nothing) is None
     assert detection_f1(find_lesions(truth, common[:0]), nothing) == 0
+
+
+def test_lesions_that_belong_together():
+    """The first true lesion is split and takes the larger part; the second shares a prediction with the third."""
+    truth, predicted = np.zeros((1, 3, 30), bool), np.zeros((1, 3, 30), bool)
+    truth[0, 0, 0:9] = truth[0, 0, 12:15] = truth[0, 0, 17:22] = truth[0, 2, 28] = True
+    predicted[0, 0, 0:3] = predicted[0, 0, 4:9] = predicted[0, 0, 12:22] = predicted[0, 2, 0] = True
+    masks, common = (truth, predicted), np.flatnonzero(truth & predicted)
+    both = tuple(find_lesions(mask, common, keep_labels=True) for mask in masks)
+    assert [len(lesions) for lesions in both] == [4, 4]
+    assert matches(masks, both, common) == [1, None, 2, None]
+    assert matches(masks[::-1], both[::-1], common) == [None, 0, 2, None]
 
 
 def test_edges_and_corners_connect_as_in_the_challenge():
