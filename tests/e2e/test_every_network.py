@@ -10,10 +10,10 @@ import pytest
 from tests.conftest import WIDE, tiny
 from tests.e2e.conftest import Model
 
-#: Network, configuration, trainer; H2ASeg in 3D is what test_pipeline.py runs on, and ISANet's cascade is trained and
-#: predicted in tests/promises.
+#: Network, configuration, trainer. The plain run has each network elsewhere: H2ASeg in test_pipeline.py, ISANet in
+#: test_crossval.py, both with the commands, and CIPA in tests/promises.
 CASES = [
-    ("CIPA", "2d", "nnUNetTrainerCIPAFewSteps", []),
+    ("CIPA", "2d", "nnUNetTrainerCIPAFewSteps", [pytest.mark.full]),
     ("ISANet", "3d_fullres", "nnUNetTrainerISANetFewSteps", [pytest.mark.full]),
     ("ISANet", "3d_fullres", "nnUNetTrainerISANetPaperFewSteps", [pytest.mark.full]),
     ("CIPA", "3d_fullres", "nnUNetTrainerCIPAFewSteps", [pytest.mark.full]),
