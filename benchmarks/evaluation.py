@@ -102,7 +102,7 @@ def main() -> None:
                 [sys.executable, __file__, *sys.argv[1:], "--once", way], capture_output=True, text=True, check=True
             )
             found.append([float(word) for word in finished.stdout.split()])
-    volumes = {tuple(run[2:]) for found in outcomes.values() for run in found}
+    volumes = {tuple(round(volume, 6) for volume in run[2:]) for found in outcomes.values() for run in found}
     assert len(volumes) == 1, f"the ways disagree: {volumes}"
     medians = {way: statistics.median(run[0] for run in found) for way, found in outcomes.items()}
     for way, found in outcomes.items():

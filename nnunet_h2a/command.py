@@ -6,7 +6,7 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +43,20 @@ def run_command(action: Callable[[], int]) -> int:
         print("interrupted", file=sys.stderr)
         return INTERRUPTED
     return NOTHING_DONE
+
+
+def write_whole(contents: Mapping[Path, str]) -> None:
+    """Write text files, all of them or none: a full disk or a kill leaves those that were there before."""
+    halves = {target: target.with_name(target.name + ".part") for target in contents}
+    try:
+        for target, half in halves.items():
+            half.write_text(contents[target], encoding="utf-8")
+        for target, half in halves.items():
+            half.replace(target)
+    finally:
+        for half in halves.values():
+            if half.is_file():
+                half.unlink()
 
 
 def nnunet_folder(variable: str) -> Path:

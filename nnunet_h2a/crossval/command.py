@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from nnunet_h2a.command import CommandError, dataset_folder, nnunet_folder, read_plans, run_command
-from nnunet_h2a.crossval.jobs import Job, read_folds, write_missing_splits
+from nnunet_h2a.crossval.jobs import Job, read_folds, with_plans, write_missing_splits
 from nnunet_h2a.crossval.run_job import Settings, command, run_job
 
 SOME_FAILED = 1
@@ -95,13 +95,8 @@ def _crossval(arguments: argparse.Namespace, given: Sequence[str]) -> int:
 
 def _jobs(arguments: argparse.Namespace, preprocessed: Path, results: Path) -> tuple[dict[str, Any], list[Job]]:
     """All jobs, fold by fold, so that after each fold the trainers can be compared on it; and dataset.json."""
-    trainers, plans = arguments.trainers, arguments.plans
-    if len(plans) == 1:
-        plans = plans * len(trainers)
-    if len(plans) != len(trainers):
-        raise CommandError(f"-p: give one name for all trainers or one for each: {len(plans)} for {len(trainers)}")
     models = []
-    for trainer, name in dict.fromkeys(zip(trainers, plans, strict=True)):
+    for trainer, name in with_plans(arguments.trainers, arguments.plans):
         content, dataset_json = read_plans(preprocessed, name)
         for configuration in dict.fromkeys(arguments.configurations):
             if configuration not in content["configurations"]:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from nnunet_h2a.command import CommandError
+from nnunet_h2a.command import CommandError, write_whole
 
 #: What a fold's scores are called, for every convention, below its validation folder.
 SCORES = "h2a_scores"
@@ -155,6 +155,18 @@ def progress_of(job: Job, file_ending: str, probabilities: bool) -> Progress:
     return Progress(TRAINING, epochs[-1] if epochs else 0, statistics.median(seconds[-10:]) if seconds else None)
 
 
+def with_plans(trainers: Sequence[str], plans: Sequence[str]) -> list[tuple[str, str]]:
+    """Each trainer with its plans, once: one name holds for all, else each trainer has its own.
+
+    Raises:
+        CommandError: where the numbers do not go together.
+    """
+    plans = list(plans) * len(trainers) if len(plans) == 1 else plans
+    if len(plans) != len(trainers):
+        raise CommandError(f"-p: give one name for all trainers or one for each: {len(plans)} for {len(trainers)}")
+    return list(dict.fromkeys(zip(trainers, plans, strict=True)))
+
+
 def read_folds(preprocessed: Path, folds: Sequence[str]) -> dict[str, tuple[str, ...]]:
     """Validation cases of each fold.
 
@@ -207,7 +219,5 @@ def write_missing_splits(preprocessed: Path, configuration: str) -> None:
     cases = sorted(path.stem for path in (preprocessed / configuration).glob("*.pkl"))
     if not cases:
         raise CommandError(f"{preprocessed / configuration} holds no cases: run nnUNetv2_preprocess first")
-    path = preprocessed / "splits_final.json"
-    half = path.with_name(path.name + ".part")
-    half.write_text(json.dumps(generate_crossval_split(cases, seed=12345, n_splits=5), indent=4), encoding="utf-8")
-    half.replace(path)
+    splits = generate_crossval_split(cases, seed=12345, n_splits=5)
+    write_whole({preprocessed / "splits_final.json": json.dumps(splits, indent=4)})

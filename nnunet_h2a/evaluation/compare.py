@@ -8,8 +8,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nnunet_h2a.command import CommandError, dataset_folder, nnunet_folder, positive, read_json, run_command
-from nnunet_h2a.crossval.jobs import MEASURES, read_folds
+from nnunet_h2a.command import (
+    CommandError,
+    dataset_folder,
+    nnunet_folder,
+    positive,
+    read_json,
+    run_command,
+    write_whole,
+)
+from nnunet_h2a.crossval.jobs import MEASURES, read_folds, with_plans
 
 if TYPE_CHECKING:
     from nnunet_h2a.evaluation.conventions import Convention
@@ -96,10 +104,7 @@ def _compare(arguments: argparse.Namespace) -> int:
     table = compare(summaries, baseline, metrics)
     text = markdown(table, convention, baseline, disagreements(summaries))
     contents = {"md": text, "csv": long_csv(table), "tex": latex(table, convention, baseline)}
-    for ending, content in contents.items():
-        half = arguments.output / f"comparison.{ending}.part"
-        half.write_text(content, encoding="utf-8")
-        half.replace(arguments.output / f"comparison.{ending}")
+    write_whole({arguments.output / f"comparison.{ending}": content for ending, content in contents.items()})
     box_plots(arguments.output / "comparison.png", summaries, metrics, convention)
     print(text)
     print(f"written: {arguments.output}/comparison.md, .csv, .tex and .png")
@@ -108,14 +113,10 @@ def _compare(arguments: argparse.Namespace) -> int:
 
 def _models(arguments: argparse.Namespace, preprocessed: Path, results: Path) -> list[_Model]:
     """Models, ensembles of them, and other predictions; every one with all folds."""
-    trainers, plans = arguments.trainers, arguments.plans
-    plans = plans * len(trainers) if len(plans) == 1 else plans
-    if len(plans) != len(trainers):
-        raise CommandError(f"-p: give one name for all trainers or one for each: {len(plans)} for {len(trainers)}")
     folds = read_folds(preprocessed, list(dict.fromkeys(arguments.folds)))
     cases = tuple(case for some in folds.values() for case in some)
     found = []
-    for trainer, name in dict.fromkeys(zip(trainers, plans, strict=True)):
+    for trainer, name in with_plans(arguments.trainers, arguments.plans):
         for configuration in dict.fromkeys(arguments.configurations):
             model = f"{trainer}__{name}__{configuration}"
             folders = tuple((results / model / f"fold_{fold}" / "validation", some) for fold, some in folds.items())

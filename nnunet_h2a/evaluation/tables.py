@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from nnunet_h2a.command import write_whole
 from nnunet_h2a.evaluation.conventions import COUNTS, Convention
 from nnunet_h2a.evaluation.pet import QUANTITIES
 
@@ -33,15 +34,7 @@ def write_summary(path: Path, summary: Mapping[str, Any], convention: Convention
     }
     if lesions := lesions_csv(summary):
         contents[path.with_name(f"{path.stem}_lesions.csv")] = lesions
-    halves = {target: target.with_name(target.name + ".part") for target in contents}
-    try:
-        for target, half in halves.items():
-            half.write_text(contents[target], encoding="utf-8")
-        for target, half in halves.items():
-            half.replace(target)
-    finally:
-        for half in halves.values():
-            half.unlink(missing_ok=True)
+    write_whole(contents)
     # Of an earlier run with images.
     if not lesions:
         path.with_name(f"{path.stem}_lesions.csv").unlink(missing_ok=True)

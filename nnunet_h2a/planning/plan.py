@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from nnunet_h2a.command import (
     positive,
     read_plans,
     run_command,
+    write_whole,
 )
 from nnunet_h2a.planning.fit import fit_plans
 from nnunet_h2a.planning.make_plans import STOCK, make_plans
@@ -132,9 +132,7 @@ def _plan(arguments: argparse.Namespace) -> int:
         lost = sorted(set(json.loads(target.read_text())["configurations"]) - set(plans["configurations"]))
         without = f"; {', '.join(lost)} is not in the new plans" if lost else ""
         print(f"replacing {target}, which was there (-o gives another name){without}")
-    temporary = target.with_suffix(".json.part")
-    temporary.write_text(json.dumps(plans, indent=4) + "\n", encoding="utf-8")
-    os.replace(temporary, target)
+    write_whole({target: json.dumps(plans, indent=4) + "\n"})
     _report(plans, target, dataset_number(folder), arguments.network, alone, sizes)
     return 0
 
