@@ -18,12 +18,14 @@ class Lesions:
     Attributes:
         voxels: size of each component; (n,) int64.
         touched: whether the other mask has a voxel in it; (n,) bool.
-        labels: component of each foreground voxel, 0 to n - 1, in the mask's C order; None unless asked for.
+        labels: component of each foreground voxel, 0 to n - 1; None unless asked for.
+        positions: of these voxels in the volume's C order, ascending; None unless asked for.
     """
 
     voxels: np.ndarray
     touched: np.ndarray
     labels: np.ndarray | None = None
+    positions: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.voxels)
@@ -41,7 +43,7 @@ def find_lesions(mask: np.ndarray, common: np.ndarray, keep_labels: bool = False
         mask: (z, y, x) bool.
         common: voxels that the other mask has as well: positions in the mask's C order. Positions and no mask: beside
             the labels, four bytes per voxel, there is no room for another volume.
-        keep_labels: also return each foreground voxel's component.
+        keep_labels: also return each foreground voxel's component and position.
     """
     # The labels of background voxels are never looked at: counting those would take as long as the labelling.
     components, count = cc3d.connected_components(mask, connectivity=CONNECTIVITY, return_N=True, binary_image=True)
@@ -49,29 +51,25 @@ def find_lesions(mask: np.ndarray, common: np.ndarray, keep_labels: bool = False
     voxels = np.bincount(labels, minlength=count + 1)[1:]
     touched = np.zeros(count + 1, bool)
     touched[components.reshape(-1)[common]] = True
-    return Lesions(voxels, touched[1:], labels - 1 if keep_labels else None)
+    if not keep_labels:
+        return Lesions(voxels, touched[1:])
+    return Lesions(voxels, touched[1:], labels - 1, np.flatnonzero(mask))
 
 
-def matches(
-    masks: tuple[np.ndarray, np.ndarray], both: tuple[Lesions, Lesions], common: np.ndarray
-) -> list[int | None]:
+def matches(both: tuple[Lesions, Lesions]) -> list[int | None]:
     """For each lesion of the first mask the lesion of the second that belongs to it.
 
     Two lesions belong together where each has more voxels in common with the other than with any other lesion; of
     equally large parts the one with the lower number counts.
 
     Args:
-        masks: (z, y, x) bool.
-        both: their lesions, with labels.
-        common: positions of the voxels that both have, in C order.
+        both: the masks' lesions, with labels.
 
     Returns:
         Numbers from 0, None for a lesion without a partner.
     """
-    here, there = (
-        lesions.labels[np.searchsorted(np.flatnonzero(mask), common)].astype(np.int64)
-        for mask, lesions in zip(masks, both, strict=True)
-    )
+    _, *places = np.intersect1d(*(lesions.positions for lesions in both), assume_unique=True, return_indices=True)
+    here, there = (lesions.labels[at].astype(np.int64) for lesions, at in zip(both, places, strict=True))
     pairs, shared = np.unique(np.stack([here, there]), axis=1, return_counts=True)
     best: tuple[dict[int, int], dict[int, int]] = {}, {}
     for place in np.argsort(-shared, kind="stable"):

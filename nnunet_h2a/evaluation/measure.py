@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
 from nnunet_h2a.evaluation.images import image_distances
-from nnunet_h2a.evaluation.lesions import detection_f1, find_lesions
+from nnunet_h2a.evaluation.lesions import Lesions, detection_f1, find_lesions
 from nnunet_h2a.evaluation.surface_elements import corners, element_hausdorff95
 from nnunet_h2a.evaluation.surfaces import distances_between, surface_points
 
@@ -81,7 +81,20 @@ def measure(
     ignored: int = 0,
     workers: int = 1,
 ) -> Measures:
-    """Measure one mask against another.
+    """Measure one mask against another: :func:`measure_and_label` without the lesions."""
+    return measure_and_label(truth, predicted, spacing, wanted, ignored, workers, keep_labels=False)[0]
+
+
+def measure_and_label(
+    truth: np.ndarray,
+    predicted: np.ndarray,
+    spacing: Sequence[float],
+    wanted: Collection[str],
+    ignored: int = 0,
+    workers: int = 1,
+    keep_labels: bool = True,
+) -> tuple[Measures, tuple[Lesions, Lesions] | None]:
+    """Measure one mask against another, and hand on what was labelled.
 
     Each mask is cut to the box of the two where that saves something, labelled once, and its surface points are taken
     once; one set of distances serves every measure in the same metric.
@@ -93,6 +106,10 @@ def measure(
         wanted: any of LESIONS, SURFACES, ….
         ignored: voxels that count neither way, background in both masks.
         workers: threads.
+        keep_labels: keep the component and the position in the volume of each foreground voxel.
+
+    Returns:
+        The measures, and the lesions of truth and prediction; None where LESIONS are not wanted.
 
     Raises:
         ValueError: where the shapes differ.
@@ -104,14 +121,17 @@ def measure(
         results["image_hd95"] = image_distances(truth, predicted)
     if DUMMIES in wanted:
         results["published_image_hd95"] = image_distances(truth, predicted, as_published=True)
-    voxels = truth.size - ignored
+    shape, voxels = truth.shape, truth.size - ignored
     box = _box(truth, predicted)
     if truth[box].size < _SMALL_BOX * truth.size:
         truth, predicted = truth[box].copy(), predicted[box].copy()
+    else:
+        box = tuple(slice(0, length) for length in shape)
+    both = None
     common = np.flatnonzero(truth & predicted)
     tp, true, positive = len(common), int(np.count_nonzero(truth)), int(np.count_nonzero(predicted))
     if LESIONS in wanted:
-        lesions, others = find_lesions(truth, common), find_lesions(predicted, common)
+        lesions, others = both = tuple(find_lesions(mask, common, keep_labels) for mask in (truth, predicted))
         results |= {
             "lesions": len(lesions), "found_lesions": int(lesions.touched.sum()),
             "missed_voxels": lesions.missed_voxels, "predicted_lesions": len(others),
@@ -121,9 +141,19 @@ def measure(
     del common
     if true and positive:
         results |= _distances(truth, predicted, spacing, wanted, _ROOM_PER_VOXEL * voxels, workers)
-    return Measures(
+    measures = Measures(
         tp, positive - tp, true - tp, voxels - true - positive + tp, float(np.prod(spacing)) / 1000, **results
     )
+    if both is not None and keep_labels:
+        both = tuple(_in_volume(lesions, box, shape) for lesions in both)
+    return measures, both
+
+
+def _in_volume(lesions: Lesions, box: tuple[slice, ...], shape: Sequence[int]) -> Lesions:
+    """Lesions of a box with positions in the volume that it was cut from."""
+    inside = np.unravel_index(lesions.positions, [part.stop - part.start for part in box])
+    moved = tuple(index + part.start for index, part in zip(inside, box, strict=True))
+    return replace(lesions, positions=np.ravel_multi_index(moved, shape))
 
 
 def _distances(

@@ -52,15 +52,12 @@ class _Peaks:
         return total / count
 
 
-def lesion_quantities(
-    pet: np.ndarray, mask: np.ndarray, lesions: Lesions, spacing: Sequence[float]
-) -> list[Quantities]:
+def lesion_quantities(pet: np.ndarray, lesions: Lesions, spacing: Sequence[float]) -> list[Quantities]:
     """Volume and uptake of each lesion.
 
     Args:
         pet: (z, y, x), SUV.
-        mask: (z, y, x) bool.
-        lesions: of ``mask``, with labels.
+        lesions: of a mask of its shape, with labels.
         spacing: mm, (z, y, x).
 
     Returns:
@@ -72,8 +69,8 @@ def lesion_quantities(
     """
     if not len(lesions):
         return []
-    points = np.stack(np.unravel_index(np.flatnonzero(mask), mask.shape), axis=1)
-    values, labels = pet[mask].astype(np.float64), lesions.labels
+    points = np.stack(np.unravel_index(lesions.positions, pet.shape), axis=1)
+    values, labels = pet.reshape(-1)[lesions.positions].astype(np.float64), lesions.labels
     count = len(lesions)
     hottest = np.full(count, -np.inf)
     np.maximum.at(hottest, labels, values)

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from nnunet_h2a.evaluation.lesions import find_lesions, matches
+from nnunet_h2a.evaluation.lesions import Lesions, matches
 from nnunet_h2a.evaluation.masks import (
     CaseError,
     Grid,
@@ -22,7 +22,7 @@ from nnunet_h2a.evaluation.masks import (
     on_grid_of,
     read_image,
 )
-from nnunet_h2a.evaluation.measure import Measures, measure
+from nnunet_h2a.evaluation.measure import Measures, measure, measure_and_label
 from nnunet_h2a.evaluation.pet import lesion_quantities, patient_quantities
 
 
@@ -66,8 +66,10 @@ def score_case(pair: Pair, job: Job) -> dict[str, Any]:
         import SimpleITK as sitk
 
         image = _on_grid(grid, pair.pet, job, resampled, is_mask=False)
-        pet = sitk.GetArrayFromImage(sitk.Cast(image, sitk.sitkFloat32))
-        del image
+        if image.GetPixelID() != sitk.sitkFloat32:
+            image = sitk.Cast(image, sitk.sitkFloat32)
+        # A view does not keep its image: that must stay to the end of this function.
+        pet = sitk.GetArrayViewFromImage(image)
         if not np.isfinite(pet.sum(dtype=np.float64)):
             raise CaseError(f"{pair.pet} holds values that are no SUV, beyond all bounds: write it again")
     labels = job.labels or Labels({str(n): (n,) for n in sorted(labels_in(truth) | labels_in(predicted))})
@@ -92,9 +94,12 @@ def score_case(pair: Pair, job: Job) -> dict[str, Any]:
         one, other = (a.view(bool) if single else foreground(a, integers) for a in (truth, predicted))
         if ignored is not None:
             other &= ~ignored
-        found["measures"][name] = asdict(measure(one, other, spacing, job.wanted, number_ignored, job.workers))
+        measures, lesions = measure_and_label(
+            one, other, spacing, job.wanted, number_ignored, job.workers, keep_labels=pet is not None
+        )
+        found["measures"][name] = asdict(measures)
         if pet is not None:
-            found["pet"][name] = _quantities(pet, one, other, spacing)
+            found["pet"][name] = _quantities(pet, lesions, spacing)
     return found
 
 
@@ -135,17 +140,12 @@ def _lost(image: Any, moved: Any, path: Any) -> str:
     return f"; {before:.4g} ml became {after:.4g} ml" if abs(before - after) > 0.01 * before else ""
 
 
-def _quantities(
-    pet: np.ndarray, truth: np.ndarray, predicted: np.ndarray, spacing: Sequence[float]
-) -> dict[str, dict[str, Any]]:
-    masks = truth, predicted
-    common = np.flatnonzero(truth & predicted)
-    both = tuple(find_lesions(mask, common, keep_labels=True) for mask in masks)
+def _quantities(pet: np.ndarray, both: tuple[Lesions, Lesions], spacing: Sequence[float]) -> dict[str, dict[str, Any]]:
     sides = {}
-    for side, mask, lesions in zip(("true", "predicted"), masks, both, strict=True):
-        quantities = lesion_quantities(pet, mask, lesions, spacing)
+    for side, lesions in zip(("true", "predicted"), both, strict=True):
+        quantities = lesion_quantities(pet, lesions, spacing)
         sides[side] = {"patient": patient_quantities(quantities, spacing), "lesions": quantities}
-    for one, other in enumerate(matches(masks, both, common)):
+    for one, other in enumerate(matches(both)):
         sides["true"]["lesions"][one]["partner"] = None if other is None else other + 1
         if other is not None:
             sides["predicted"]["lesions"][other]["partner"] = one + 1

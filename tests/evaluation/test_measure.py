@@ -10,7 +10,17 @@ import pytest
 from nnunet_h2a.evaluation import surfaces
 from nnunet_h2a.evaluation.images import image_distances
 from nnunet_h2a.evaluation.lesions import detection_f1, find_lesions, matches
-from nnunet_h2a.evaluation.measure import DUMMIES, ELEMENTS, IMAGES, LESIONS, SURFACES, SWAPPED, VOXELS, measure
+from nnunet_h2a.evaluation.measure import (
+    DUMMIES,
+    ELEMENTS,
+    IMAGES,
+    LESIONS,
+    SURFACES,
+    SWAPPED,
+    VOXELS,
+    measure,
+    measure_and_label,
+)
 from nnunet_h2a.evaluation.surfaces import distances_between, surface_points
 from tests.evaluation.brute import border, directed, random_pair, untouched
 
@@ -86,6 +96,8 @@ def test_lesions_by_hand():
     assert sorted(lesions.voxels[lesions.touched]) == [2, 5]
     assert (len(lesions), lesions.missed_voxels, len(others), others.missed_voxels) == (4, 2, 3, 1)
     assert np.array_equal(np.bincount(lesions.labels), lesions.voxels)
+    assert np.array_equal(lesions.positions, np.flatnonzero(truth))
+    assert others.labels is None
     assert detection_f1(lesions, others) == pytest.approx(2 * 2 / (2 * 2 + 2 + 1))
     nothing = find_lesions(truth & False, common[:0])
     assert detection_f1(nothing, nothing) is None
@@ -100,8 +112,22 @@ def test_lesions_that_belong_together():
     masks, common = (truth, predicted), np.flatnonzero(truth & predicted)
     both = tuple(find_lesions(mask, common, keep_labels=True) for mask in masks)
     assert [len(lesions) for lesions in both] == [4, 4]
-    assert matches(masks, both, common) == [1, None, 2, None]
-    assert matches(masks[::-1], both[::-1], common) == [None, 0, 2, None]
+    assert matches(both) == [1, None, 2, None]
+    assert matches(both[::-1]) == [None, 0, 2, None]
+
+
+@pytest.mark.parametrize("length", [12, 200])
+def test_lesions_are_handed_on_where_they_lie_in_the_volume(length):
+    """In a large volume only the box of the masks is looked at; positions are those of the volume all the same."""
+    truth, predicted = np.zeros((7, 9, length), bool), np.zeros((7, 9, length), bool)
+    truth[2:4, 3:6, 5:8] = truth[5, 8, 1] = True
+    predicted[3:6, 3:6, 6:9] = predicted[0, 2, 10] = True
+    _, both = measure_and_label(truth, predicted, (1.0, 1.0, 1.0), (LESIONS,))
+    for mask, lesions in zip((truth, predicted), both, strict=True):
+        assert np.array_equal(lesions.positions, np.flatnonzero(mask))
+        assert len(lesions) == 2
+    assert matches(both) == [1, None]
+    assert measure_and_label(truth, predicted, (1.0, 1.0, 1.0), (), keep_labels=False)[1] is None
 
 
 def test_edges_and_corners_connect_as_in_the_challenge():

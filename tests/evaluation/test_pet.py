@@ -13,7 +13,7 @@ from nnunet_h2a.evaluation.pet import PEAK_RADIUS, agreement, lesion_quantities,
 
 def quantities(pet, mask, spacing, other=None):
     lesions = find_lesions(mask, np.flatnonzero(mask & (mask if other is None else other)), keep_labels=True)
-    return lesion_quantities(pet, mask, lesions, spacing)
+    return lesion_quantities(pet, lesions, spacing)
 
 
 def test_a_millilitre():
