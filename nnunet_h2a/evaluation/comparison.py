@@ -146,12 +146,12 @@ def of_the_set(summary: Mapping[str, Any]) -> dict[str, tuple[float | None, list
     found: dict[str, tuple[float | None, list[float] | None]] = {}
     for reported in CONVENTIONS[summary["convention"]].reported:
         kind, _, metric = reported.rpartition(" ")
-        if reported == "aggregated dice":
-            for key, value in summary["aggregated_dice"].items():
-                name = f"aggregated dice of {summary['by_label'][key]['name']}"
-                found[name] = value, summary["aggregated_dice_ci95"][key]
-            if len(summary["aggregated_dice"]) > 1:
-                found["aggregated dice, mean"] = summary["aggregated_dice_mean"], None
+        if kind == "aggregated":
+            ratio = f"aggregated_{metric}"
+            for key, value in summary[ratio].items():
+                found[f"{reported} of {summary['by_label'][key]['name']}"] = value, summary[f"{ratio}_ci95"][key]
+            if len(summary[ratio]) > 1:
+                found[f"{reported}, mean"] = summary[f"{ratio}_mean"], None
         elif kind == "pooled":
             found[reported] = summary["pooled"][metric], summary["pooled_ci95"][metric]
         elif metric == "median":

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 import io
+import math
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ from nnunet_h2a.evaluation.conventions import Convention
 from nnunet_h2a.evaluation.tables import metric_name
 
 SIGNIFICANT = 0.05
+_PLOTS_IN_A_ROW = 4
 
 
 def _arrow(name: str, up: str, down: str, zero: str) -> str:
@@ -22,10 +25,11 @@ def _arrow(name: str, up: str, down: str, zero: str) -> str:
 
 def _heading(name: str, convention: Convention) -> str:
     """A column as tables call it."""
-    for kind in ("pooled ", "aggregated dice"):
-        if name.startswith(kind):
-            rest = name.removeprefix(kind)
-            return f"aggregated Dice{rest}" if kind.startswith("a") else f"pooled {metric_name(rest, convention)}"
+    kind, _, rest = name.partition(" ")
+    if kind in ("pooled", "aggregated"):
+        # Of the aggregated ratios a label's name follows.
+        metric = re.match(r"\w+", rest)[0]
+        return f"{kind} {metric_name(metric, convention)}{rest.removeprefix(metric)}"
     if name.endswith(" median"):
         return f"median {metric_name(name.removesuffix(' median'), convention)}"
     return metric_name(name, convention)
@@ -127,20 +131,32 @@ def box_plots(
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(1, len(metrics), figsize=(1.2 + (0.6 + 0.5 * len(summaries)) * len(metrics), 4),
-                                   squeeze=False, layout="constrained")  # fmt: skip
-    for axis, metric in zip(axes[0], metrics, strict=True):
+    columns = min(_PLOTS_IN_A_ROW, len(metrics))
+    rows = math.ceil(len(metrics) / columns)
+    names = [name.replace(" and ", "\nand ") for name in summaries]
+    # In inches: letters of the names, which stand at the left edge, and a box each.
+    width = 1 + 0.065 * max(len(line) for name in names for line in name.split("\n")) + 2.6 * columns
+    figure, axes = pyplot.subplots(
+        rows, columns, figsize=(width, rows * (0.7 + 0.35 * len(names))), squeeze=False, sharey=True,
+        layout="constrained",
+    )  # fmt: skip
+    for axis in axes.flat[len(metrics) :]:
+        axis.set_visible(False)
+    for axis, metric in zip(axes.flat, metrics, strict=False):
         values = [
             [row[metric] for row in cases_of(summary).values() if row[metric] is not None]
             for summary in summaries.values()
         ]
-        axis.boxplot(values, showfliers=False, widths=0.6)
-        for place, column in enumerate(values, 1):
+        axis.boxplot(values, showfliers=False, widths=0.6, orientation="horizontal")
+        for place, numbers in enumerate(values, 1):
             # Beside each other in a fixed order, so that the same numbers make the same picture.
-            spread = [place + 0.2 * ((k * 0.618) % 1 - 0.5) for k in range(len(column))]
-            axis.plot(spread, column, ".", color="0.4", markersize=3, alpha=0.6)
+            spread = [place + 0.2 * ((k * 0.618) % 1 - 0.5) for k in range(len(numbers))]
+            axis.plot(numbers, spread, ".", color="0.4", markersize=3, alpha=0.6)
         axis.set_title(metric_name(metric, convention), fontsize="small")
-        axis.set_xticks(range(1, len(summaries) + 1), list(summaries), rotation=90, fontsize="x-small")
+        axis.tick_params(labelsize="x-small")
+        axis.set_yticks(range(1, len(names) + 1), names)
+    # The first model stands at the top, as in the tables.
+    axes[0, 0].invert_yaxis()
     half = path.with_name(f".{path.name}.part.png")
     figure.savefig(half, dpi=150)
     pyplot.close(figure)

@@ -20,7 +20,9 @@ METRICS = (
     "dice", "iou", "precision", "recall", "hd95", "hd", "assd", "voe", "rvd", "fp_volume_ml", "fn_volume_ml",
     "lesion_f1",
 )  # fmt: skip
-COUNTS = ("tp", "fp", "fn", "lesions", "lesions_found", "lesions_predicted", "lesions_false")
+COUNTS = (
+    "tp", "fp", "fn", "lesions", "lesions_found", "lesions_predicted", "lesions_false", "lesions_overlapping",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -31,7 +33,7 @@ class Convention:
         name: value of ``--convention``.
         source: whose it is.
         reported: what the challenge or paper reports, for the head of the tables: keys of a row, ``pooled …`` or
-            ``aggregated dice``.
+            ``aggregated …``.
         wanted: what must be measured.
         row: one case's numbers.
         remark: what must be known to compare numbers.
@@ -86,6 +88,7 @@ def common_row(m: Measures) -> Row:
         "lesions_found": m.found_lesions,
         "lesions_predicted": m.predicted_lesions,
         "lesions_false": m.false_lesions,
+        "lesions_overlapping": m.overlapping_lesions,
     }
 
 
@@ -154,8 +157,8 @@ CONVENTIONS = {
             "Cases without a true lesion have no Dice and no false negative volume; they count for false positives.",
         ),
         Convention(
-            "hecktor", "HECKTOR 2020 to 2022 challenges", ("aggregated dice", "dice", "hd95 median", "precision",
-            "recall"), _ALL | {ELEMENTS}, _hecktor,
+            "hecktor", "HECKTOR 2020 to 2025 challenges", ("aggregated dice", "aggregated f1", "dice", "hd95 median",
+            "precision", "recall"), _ALL | {ELEMENTS}, _hecktor,
             "Where one mask is empty there is no HD95, and the case counts as infinitely far in the median.",
             infinite=lambda m: bool(m.true_voxels) != bool(m.predicted_voxels),
         ),

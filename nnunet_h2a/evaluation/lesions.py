@@ -6,9 +6,13 @@ from dataclasses import dataclass
 
 import cc3d
 import numpy as np
+from scipy.sparse import csr_array
+from scipy.sparse.csgraph import maximum_bipartite_matching
 
 #: Voxels that share a face or an edge belong together, as in the autoPET challenges.
 CONNECTIVITY = 18
+#: HECKTOR 2025 counts a lesion as detected above this intersection over union.
+LEAST_IOU = 0.3
 
 
 @dataclass(frozen=True)
@@ -17,18 +21,23 @@ class Lesions:
 
     Attributes:
         voxels: size of each component; (n,) int64.
-        touched: whether the other mask has a voxel in it; (n,) bool.
+        common: component of each voxel that the other mask has as well, 0 to n - 1, in the volume's C order.
         labels: component of each foreground voxel, 0 to n - 1; None unless asked for.
         positions: of these voxels in the volume's C order, ascending; None unless asked for.
     """
 
     voxels: np.ndarray
-    touched: np.ndarray
+    common: np.ndarray
     labels: np.ndarray | None = None
     positions: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.voxels)
+
+    @property
+    def touched(self) -> np.ndarray:
+        """Whether the other mask has a voxel in each component; (n,) bool."""
+        return np.bincount(self.common, minlength=len(self)) > 0
 
     @property
     def missed_voxels(self) -> int:
@@ -49,11 +58,20 @@ def find_lesions(mask: np.ndarray, common: np.ndarray, keep_labels: bool = False
     components, count = cc3d.connected_components(mask, connectivity=CONNECTIVITY, return_N=True, binary_image=True)
     labels = components[mask]
     voxels = np.bincount(labels, minlength=count + 1)[1:]
-    touched = np.zeros(count + 1, bool)
-    touched[components.reshape(-1)[common]] = True
+    shared = components.reshape(-1)[common] - 1
     if not keep_labels:
-        return Lesions(voxels, touched[1:])
-    return Lesions(voxels, touched[1:], labels - 1, np.flatnonzero(mask))
+        return Lesions(voxels, shared)
+    return Lesions(voxels, shared, labels - 1, np.flatnonzero(mask))
+
+
+def _overlaps(both: tuple[Lesions, Lesions]) -> tuple[np.ndarray, np.ndarray]:
+    """Pairs of lesions with a common voxel, (2, n), by their numbers; and how many voxels each pair has in common."""
+    # One number per pair: that sorts faster than pairs do.
+    width = max(len(both[1]), 1)
+    joined, shared = np.unique(
+        both[0].common.astype(np.int64) * width + both[1].common.astype(np.int64), return_counts=True
+    )
+    return np.stack(np.divmod(joined, width)), shared
 
 
 def matches(both: tuple[Lesions, Lesions]) -> list[int | None]:
@@ -63,14 +81,12 @@ def matches(both: tuple[Lesions, Lesions]) -> list[int | None]:
     equally large parts the one with the lower number counts.
 
     Args:
-        both: the masks' lesions, with labels.
+        both: the masks' lesions.
 
     Returns:
         Numbers from 0, None for a lesion without a partner.
     """
-    _, *places = np.intersect1d(*(lesions.positions for lesions in both), assume_unique=True, return_indices=True)
-    here, there = (lesions.labels[at].astype(np.int64) for lesions, at in zip(both, places, strict=True))
-    pairs, shared = np.unique(np.stack([here, there]), axis=1, return_counts=True)
+    pairs, shared = _overlaps(both)
     best: tuple[dict[int, int], dict[int, int]] = {}, {}
     for place in np.argsort(-shared, kind="stable"):
         one, other = (int(number) for number in pairs[:, place])
@@ -78,6 +94,19 @@ def matches(both: tuple[Lesions, Lesions]) -> list[int | None]:
         best[1].setdefault(other, one)
     found = [best[0].get(one) for one in range(len(both[0]))]
     return [other if other is not None and best[1][other] == one else None for one, other in enumerate(found)]
+
+
+def overlapping(both: tuple[Lesions, Lesions], least: float = LEAST_IOU) -> int:
+    """The largest number of pairs of lesions, one of each mask, whose intersection over union is more than ``least``.
+
+    No lesion is in two pairs. (Above 0.5 it could not be; below it has to be said.)
+    """
+    pairs, shared = _overlaps(both)
+    pairs = pairs[:, shared > least * (both[0].voxels[pairs[0]] + both[1].voxels[pairs[1]] - shared)]
+    if not pairs.size:
+        return 0
+    graph = csr_array((np.ones(pairs.shape[1], bool), pairs), (len(both[0]), len(both[1])))
+    return int(np.count_nonzero(maximum_bipartite_matching(graph) >= 0))
 
 
 def detection_f1(truth: Lesions, predicted: Lesions) -> float | None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from nnunet_h2a.evaluation.images import image_distances
-from nnunet_h2a.evaluation.lesions import Lesions, detection_f1, find_lesions
+from nnunet_h2a.evaluation.lesions import Lesions, detection_f1, find_lesions, overlapping
 from nnunet_h2a.evaluation.surface_elements import corners, element_hausdorff95
 from nnunet_h2a.evaluation.surfaces import distances_between, surface_points
 
@@ -33,6 +33,8 @@ class Measures:
         lesions, found_lesions, missed_voxels: true components; those with a predicted voxel; voxels of the others.
         predicted_lesions, false_lesions, false_voxels: predicted components; those without a true voxel; their voxels.
         detection_f1: see :func:`nnunet_h2a.evaluation.lesions.detection_f1`.
+        overlapping_lesions: true lesions paired with a predicted one, see
+            :func:`nnunet_h2a.evaluation.lesions.overlapping`.
         hd, hd95, pooled_hd95, assd: mm, see :class:`nnunet_h2a.evaluation.surfaces.SurfaceDistances`.
         pooled_hd95_voxels: the same with voxels as unit.
         element_hd95: mm, by area, see :mod:`nnunet_h2a.evaluation.surface_elements`.
@@ -52,6 +54,7 @@ class Measures:
     false_lesions: int | None = None
     false_voxels: int | None = None
     detection_f1: float | None = None
+    overlapping_lesions: int | None = None
     hd: float | None = None
     hd95: float | None = None
     pooled_hd95: float | None = None
@@ -136,7 +139,7 @@ def measure_and_label(
             "lesions": len(lesions), "found_lesions": int(lesions.touched.sum()),
             "missed_voxels": lesions.missed_voxels, "predicted_lesions": len(others),
             "false_lesions": int((~others.touched).sum()), "false_voxels": others.missed_voxels,
-            "detection_f1": detection_f1(lesions, others),
+            "detection_f1": detection_f1(lesions, others), "overlapping_lesions": overlapping(both),
         }  # fmt: skip
     del common
     if true and positive:

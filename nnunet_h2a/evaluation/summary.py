@@ -137,10 +137,12 @@ def summarise(
         ``cases``, one entry per case and label; ``mean``, ``std`` (n - 1), ``median``, ``ci95`` (bootstrap interval of
         the mean) and ``n`` of each metric, over several labels the average of the labels' values as in nnU-Net's
         ``foreground_mean``, and ``by_label``; ``pooled`` ratios of all voxels of all cases; ``aggregated_dice`` by
-        label, of volumes; with PET ``pet_agreement``. None stands for what is not defined.
+        label, of volumes, and ``aggregated_f1`` of detected lesions, both with the labels' mean and intervals; with
+        PET ``pet_agreement``. None stands for what is not defined.
     """
     labels = list(dict.fromkeys(item.name for item in scored))
-    by_label, aggregated, aggregated_interval, agreements, totals = {}, {}, {}, {}, []
+    by_label, agreements, totals = {}, {}, []
+    aggregated: dict[str, dict[str, Any]] = {name + end: {} for name in _AGGREGATED for end in ("", "_ci95")}
     averaged: dict[str, list[Resampled]] = {}
     cases: list[dict[str, Any]] = []
     bootstrap = None
@@ -153,9 +155,11 @@ def summarise(
         by_label[key] = {"name": name, **statistics}
         for metric, means in drawn.items():
             averaged.setdefault(metric, []).append(means)
-        both, sizes = (np.array(v) for v in zip(*(_volumes(item.measures) for item in items), strict=True))
-        aggregated[key] = _number(_divide(2 * both.sum(), sizes.sum()))
-        aggregated_interval[key] = bootstrap.interval(_divide(2 * bootstrap.sums(both), bootstrap.sums(sizes)), sizes)
+        for ratio, parts_of in _AGGREGATED.items():
+            both, sizes = np.array([parts_of(item.measures) for item in items], float).T
+            drawn_ratios = _divide(2 * bootstrap.sums(both), bootstrap.sums(sizes))
+            aggregated[ratio][key] = _number(_divide(2 * both.sum(), sizes.sum()))
+            aggregated[f"{ratio}_ci95"][key] = bootstrap.interval(drawn_ratios, sizes)
         totals.append(np.array([[m.tp, m.fp, m.fn, m.tn] for m in (item.measures for item in items)], float))
         if any(item.pet for item in items):
             agreements[key] = _agreements([item.pet for item in items if item.pet])
@@ -166,7 +170,9 @@ def summarise(
     resampled_voxels = [bootstrap.sums(column) for column in voxels.T]
     pooled = _pooled(*voxels.sum(0), convention.pooled_of_nothing)
     resampled_pooled = _pooled(*resampled_voxels, convention.pooled_of_nothing)
-    classes = [value for value in aggregated.values() if value is not None]
+    for ratio in _AGGREGATED:
+        defined = [value for value in aggregated[ratio].values() if value is not None]
+        aggregated[f"{ratio}_mean"] = float(np.mean(defined)) if defined else None
     return {
         "convention": convention.name,
         "source": convention.source,
@@ -176,9 +182,7 @@ def summarise(
         "by_label": by_label,
         "pooled": {key: _number(value) for key, value in pooled.items()},
         "pooled_ci95": {key: bootstrap.interval(v, np.ones(len(voxels))) for key, v in resampled_pooled.items()},
-        "aggregated_dice": aggregated,
-        "aggregated_dice_mean": float(np.mean(classes)) if classes else None,
-        "aggregated_dice_ci95": aggregated_interval,
+        **aggregated,
         **({"pet_agreement": agreements} if agreements else {}),
         "resampled": dict(resampled or {}),
         "refused": dict(refused),
@@ -211,6 +215,15 @@ def _agreements(cases: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]
 def _volumes(m: Measures) -> tuple[float, float]:
     """Common volume, and the sum of both volumes, in ml."""
     return m.tp * m.voxel_ml, (m.true_voxels + m.predicted_voxels) * m.voxel_ml
+
+
+def _detections(m: Measures) -> tuple[float, float]:
+    """Lesions of which enough overlaps, and the number of lesions of both masks."""
+    return m.overlapping_lesions or 0, (m.lesions or 0) + (m.predicted_lesions or 0)
+
+
+#: Ratios over all cases, by their name in the evaluation file: twice the sum of the one over the sum of the other.
+_AGGREGATED = {"aggregated_dice": _volumes, "aggregated_f1": _detections}
 
 
 def _average(

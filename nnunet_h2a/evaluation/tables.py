@@ -17,7 +17,7 @@ _NAMES = {
     "dice": "Dice", "iou": "IoU", "hd95": "HD95", "hd": "HD", "assd": "ASSD", "voe": "VOE", "rvd": "RVD",
     "fp_volume_ml": "false positive volume (ml)", "fn_volume_ml": "false negative volume (ml)",
     "lesion_f1": "lesion detection F1", "fpr": "false positive rate", "fnr": "false negative rate",
-    "balanced_accuracy": "balanced accuracy",
+    "balanced_accuracy": "balanced accuracy", "f1": "F1 of detection",
 }  # fmt: skip
 
 
@@ -134,15 +134,15 @@ def markdown(summary: Mapping[str, Any], convention: Convention) -> str:
 
 def _reported(reported: str, summary: Mapping[str, Any], convention: Convention) -> list[tuple[str, str, str]]:
     """Name, value and interval of one of the numbers that a convention reports."""
-    if reported == "aggregated dice":
-        return [
-            (f"aggregated Dice, {summary['by_label'][key]['name']}", _shown(value),
-             _interval(summary["aggregated_dice_ci95"][key]))
-            for key, value in summary["aggregated_dice"].items()
-        ] + [("aggregated Dice, mean of the labels", _shown(summary["aggregated_dice_mean"]), "–")] * (
-            len(summary["aggregated_dice"]) > 1
-        )  # fmt: skip
     kind, _, metric = reported.rpartition(" ")
+    if kind == "aggregated":
+        name, ratio = f"aggregated {metric_name(metric, convention)}", f"aggregated_{metric}"
+        labels = [
+            (f"{name}, {summary['by_label'][key]['name']}", _shown(value), _interval(summary[f"{ratio}_ci95"][key]))
+            for key, value in summary[ratio].items()
+        ]
+        mean = (f"{name}, mean of the labels", _shown(summary[f"{ratio}_mean"]), "–")
+        return [*labels, mean] if len(labels) > 1 else labels
     if kind == "pooled":
         name = f"pooled {_NAMES.get(metric, metric)}"
         return [(name, _shown(summary["pooled"][metric]), _interval(summary["pooled_ci95"][metric]))]

@@ -123,8 +123,8 @@ def test_files(arguments, tmp_path, capsys):
     assert text in capsys.readouterr().out
     ours = "nnUNetTrainerH2ASeg__nnUNetPlans__3d_fullres"
     (line,) = [line for line in text.splitlines() if line.startswith(f"| {ours} | **1 ± 0**")]
-    # The last columns are the set's: aggregated Dice, and the median of HD95.
-    assert line.endswith("| **1** | **0** |")
+    # The last columns are the set's: aggregated Dice and F1, and the median of HD95.
+    assert line.endswith("| **1** | **1** | **0** |")
     assert text.count("<u>") > 3
     assert "differs from nnUNetTrainer__nnUNetPlans__3d_fullres" in text
     # In the third case all predictions are equal.
@@ -137,7 +137,7 @@ def test_files(arguments, tmp_path, capsys):
     tex = (tmp_path / "table" / "comparison.tex").read_text()
     assert r"nnUNetTrainerH2ASeg\_\_nnUNetPlans\_\_3d\_fullres & \textbf{1 $\pm$ 0}" in tex
     assert r"Dice $\uparrow$" in tex
-    assert r"aggregated Dice of tumor $\uparrow$ & median HD95 (mm) $\downarrow$" in tex
+    assert r"aggregated Dice of tumor $\uparrow$ & aggregated F1 of detection of tumor $\uparrow$ & median HD95" in tex
     assert not re.search(r"(?<!\\)_", tex)
     columns = {line.count("&") for line in tex.splitlines() if line.endswith(r"\\")}
     assert len(columns) == 1

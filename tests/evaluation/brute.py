@@ -35,6 +35,20 @@ def untouched(mask: np.ndarray, other: np.ndarray) -> tuple[int, int, int]:
     return count, len(sizes), sum(sizes)
 
 
+def pairs_above(one: np.ndarray, other: np.ndarray, least: float) -> int:
+    """Largest number of pairs of components with more than ``least`` IoU, no component in two: all ways are tried."""
+    lumps = [[labels == i for i in range(1, n + 1)] for labels, n in (ndimage.label(m, EIGHTEEN) for m in (one, other))]
+    iou = np.array([[(a & b).sum() / (a | b).sum() for b in lumps[1]] for a in lumps[0]])
+
+    def most(row: int, free: frozenset[int]) -> int:
+        if row == len(lumps[0]):
+            return 0
+        taken = [1 + most(row + 1, free - {k}) for k in free if iou[row, k] > least]
+        return max([most(row + 1, free), *taken])
+
+    return most(0, frozenset(range(len(lumps[1]))))
+
+
 def random_pair(rng: np.random.Generator, largest: int = 9) -> tuple[np.ndarray, np.ndarray, tuple[float, ...]]:
     """Two masks of one random shape with lumps, at times empty, full or of one voxel; and a spacing."""
     shape = tuple(rng.integers(1, largest, 3))

@@ -136,6 +136,23 @@ def test_pooled_and_aggregated():
     assert summary("hecktor", labels=(1, 2))["aggregated_dice_mean"] == pytest.approx(2 * tp / (2 * tp + fp + fn))
 
 
+def test_aggregated_detection_of_hecktor():
+    """Lesions of all cases in one heap: 1 of 2 and 2 of 3 true ones, with 1 and 3 predictions."""
+    one, other = np.zeros((1, 3, 30), bool), np.zeros((1, 3, 30), bool)
+    one[0, 0, 0:9] = one[0, 2, 28] = other[0, 0, 0:6] = True
+    few, many = one.copy(), other.copy()
+    few[0, 2, 10:20] = many[0, 2, 10:19] = many[0, 2, 25] = True
+    found = summary("hecktor", {"one": (one, other), "many": (few, many)})
+    assert found["aggregated_f1"] == {"1": pytest.approx(2 * 3 / ((2 + 3) + (1 + 3)))}
+    assert found["aggregated_f1_mean"] == found["aggregated_f1"]["1"]
+    low, high = found["aggregated_f1_ci95"]["1"]
+    # Each case alone: 2 · 1 / 3 and 2 · 2 / 6, which are the same.
+    assert low == high == pytest.approx(2 / 3)
+    nothing = summary("hecktor", {"nothing": CASES["nothing"]})
+    assert nothing["aggregated_f1"] == {"1": None}
+    assert nothing["aggregated_f1_mean"] is None
+
+
 def test_cipa_takes_the_mean_over_images_and_not_over_cases():
     thin = (FULL[:1], FULL[:1])
     found = summary("cipa", {"both": CASES["both"], "thin": thin})

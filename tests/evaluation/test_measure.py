@@ -22,7 +22,7 @@ from nnunet_h2a.evaluation.measure import (
     measure_and_label,
 )
 from nnunet_h2a.evaluation.surfaces import distances_between, surface_points
-from tests.evaluation.brute import border, directed, random_pair, untouched
+from tests.evaluation.brute import border, directed, pairs_above, random_pair, untouched
 
 EVERYTHING = (LESIONS, SURFACES, VOXELS, ELEMENTS, SWAPPED, IMAGES, DUMMIES)
 SEEDS = range(60)
@@ -114,6 +114,26 @@ def test_lesions_that_belong_together():
     assert [len(lesions) for lesions in both] == [4, 4]
     assert matches(both) == [1, None, 2, None]
     assert matches(both[::-1]) == [None, 0, 2, None]
+
+
+def test_lesions_that_overlap_enough():
+    """Of HECKTOR 2025: a part of 5 of 14 voxels (0.36) is enough, one of 3 of 10 (0.3) is not."""
+    truth, predicted = np.zeros((1, 5, 40), bool), np.zeros((1, 5, 40), bool)
+    truth[0, 0, 0:14] = predicted[0, 0, 9:14] = True
+    truth[0, 2, 0:10] = predicted[0, 2, 7:10] = True
+    # Both halves of this one are more than enough, and it is one lesion.
+    truth[0, 4, 0:10] = predicted[0, 4, 0:5] = predicted[0, 4, 6:10] = True
+    assert measure(truth, predicted, (1, 1, 1), (LESIONS,)).overlapping_lesions == 2
+    assert measure(predicted, truth, (1, 1, 1), (LESIONS,)).overlapping_lesions == 2
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_overlapping_lesions_against_every_way_to_pair_them(seed):
+    rng = np.random.default_rng(seed)
+    truth = rng.random((3, 6, 6)) < 0.12
+    predicted = truth ^ (rng.random(truth.shape) < 0.08)
+    found = measure(truth, predicted, (1, 1, 1), (LESIONS,)).overlapping_lesions
+    assert found == pairs_above(truth, predicted, 0.3)
 
 
 @pytest.mark.parametrize("length", [12, 200])
