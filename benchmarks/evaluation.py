@@ -1,23 +1,31 @@
 """How long evaluating a whole-body case takes, beside the published autoPET loop for its two volumes alone.
 
     python benchmarks/evaluation.py [--lesions 100] [--shape 326 400 400] [--repeats 3]
+    python benchmarks/evaluation.py --command
 
-Times are medians of interleaved runs. Memory is what the process's peak rises above its size with the two masks loaded,
-in a process of its own per way to measure.
+Times are medians of interleaved runs. Memory is what the process's peak rises above its size with the two masks
+loaded, in a process of its own per way to measure. With ``--command`` the whole ``h2a_evaluate`` is measured, on
+files: with one label and with two, of bytes and of float64, without and with a PET image; its memory is the peak of the
+process, start and libraries included.
 """
 
 from __future__ import annotations
 
 import argparse
+import multiprocessing
+import os
 import resource
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
+from pathlib import Path
 
 import cc3d
 import numpy as np
+import SimpleITK as sitk
 
 from nnunet_h2a.evaluation.conventions import by_name
 from nnunet_h2a.evaluation.measure import measure
@@ -83,6 +91,56 @@ def _once(way: str, shape: Sequence[int], lesions: int, workers: int) -> None:
     print(seconds, more, *volumes)
 
 
+#: Number of labels, type of the files, whether there is a PET image.
+KINDS = ((1, np.uint8, False), (1, np.uint8, True), (1, np.float64, False), (2, np.uint8, False), (2, np.uint8, True))
+
+
+def _write(folder: Path, shape: Sequence[int], lesions: int) -> None:
+    """Folders of each kind of files, with one case."""
+    one, other = masks(shape, lesions), masks(shape, lesions, seed=1)
+    for labels, dtype, _ in KINDS:
+        for name, first, second in zip(("truth", "predicted"), one, other, strict=True):
+            array = np.where(second, labels, 0).astype(dtype)
+            array[first] = 1
+            _save(folder / f"{name}_{labels}_{np.dtype(dtype).name}" / "case.nii.gz", array)
+    pet = np.random.default_rng(2).gamma(2, 1, shape).astype(np.float32)
+    _save(folder / "images" / "case.nii.gz", pet)
+
+
+def _save(path: Path, array: np.ndarray) -> None:
+    path.parent.mkdir(exist_ok=True)
+    image = sitk.GetImageFromArray(array)
+    image.SetSpacing(SPACING[::-1])
+    sitk.WriteImage(image, str(path), True)
+
+
+def _commands(shape: Sequence[int], lesions: int, repeats: int, workers: int) -> None:
+    """Print a line per kind of files."""
+    voxels = int(np.prod(shape))
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        # A command begins with its parent's peak: this process must stay small.
+        writer = multiprocessing.get_context("spawn").Process(target=_write, args=(folder, shape, lesions))
+        writer.start()
+        writer.join()
+        for labels, dtype, with_pet in KINDS:
+            kind = f"{labels}_{np.dtype(dtype).name}"
+            command = [Path(sys.executable).parent / "h2a_evaluate", "-ref", folder / f"truth_{kind}", "-pred",
+                       folder / f"predicted_{kind}", "-o", folder / "scores" / "summary.json", "--convention", "all",
+                       "-np", str(workers), *(["-img", folder / "images"] if with_pet else [])]  # fmt: skip
+            seconds, memory = [], 0
+            for _ in range(repeats):
+                start = time.perf_counter()
+                process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+                _, status, usage = os.wait4(process.pid, 0)
+                seconds.append(time.perf_counter() - start)
+                assert status == 0, f"h2a_evaluate ended with {status}"
+                memory = max(memory, usage.ru_maxrss * 1024)
+            pet = ", PET" if with_pet else ""
+            print(f"{labels} labels, {np.dtype(dtype).name}{pet}: {statistics.median(seconds):.2f} s, "
+                  f"{memory / voxels:.1f} bytes per voxel ({memory / 2**20:.0f} MiB) at the peak")  # fmt: skip
+
+
 def main() -> None:
     """Print one line per way."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -90,10 +148,14 @@ def main() -> None:
     parser.add_argument("--lesions", type=int, default=100)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--workers", type=int, default=2, help="threads [%(default)s]")
+    parser.add_argument("--command", action="store_true", help="measure h2a_evaluate on files")
     parser.add_argument("--once", choices=WAYS, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.once:
         _once(arguments.once, arguments.shape, arguments.lesions, arguments.workers)
+        return
+    if arguments.command:
+        _commands(arguments.shape, arguments.lesions, arguments.repeats, arguments.workers)
         return
     outcomes: dict[str, list[list[float]]] = {way: [] for way in WAYS}
     for _ in range(arguments.repeats):

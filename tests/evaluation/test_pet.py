@@ -6,6 +6,7 @@ from itertools import product
 
 import numpy as np
 import pytest
+from scipy import ndimage
 
 from nnunet_h2a.evaluation.lesions import find_lesions
 from nnunet_h2a.evaluation.pet import PEAK_RADIUS, agreement, lesion_quantities, patient_quantities
@@ -64,6 +65,24 @@ def test_against_loops(seed):
     assert patient["dmax_mm"] == pytest.approx(
         np.linalg.norm([(found[0][axis] - found[1][axis]) * s for axis, s in zip("zyx", spacing, strict=True)])
     )
+
+
+def test_spheres_everywhere_against_a_convolution():
+    """Lesions of one voxel all over the volume, its faces, edges and corners included."""
+    rng = np.random.default_rng(0)
+    spacing = (3.0, 2.0, 2.2)
+    pet = rng.gamma(2, 2, (13, 19, 16)).astype(np.float32)
+    mask = np.zeros(pet.shape, bool)
+    mask[::3, ::3, ::3] = True
+    reach = [int(PEAK_RADIUS / s) for s in spacing]
+    axes = np.meshgrid(*(np.arange(-r, r + 1) * s for r, s in zip(reach, spacing, strict=True)), indexing="ij")
+    sphere = (np.sqrt(sum(axis**2 for axis in axes)) <= PEAK_RADIUS).astype(float)
+    sums, counts = (ndimage.convolve(v, sphere, mode="constant") for v in (pet.astype(float), np.ones(pet.shape)))
+    found = quantities(pet, mask, spacing)
+    assert len(found) == mask.sum() == 5 * 7 * 6
+    for lesion in found:
+        voxel = tuple(int(lesion[axis]) for axis in "zyx")
+        assert lesion["suv_peak"] == pytest.approx(sums[voxel] / counts[voxel])
 
 
 def test_of_equally_hot_voxels_the_one_in_warmer_surroundings_has_the_peak():
