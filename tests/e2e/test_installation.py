@@ -33,13 +33,14 @@ def wheel(tmp_path_factory) -> Path:
 def second_python(tmp_path_factory) -> Path:
     """A new environment with this one's dependencies and without our package.
 
-    This environment's site-packages is on its path as a plain folder, so neither the editable installation nor the
-    lookup file of this environment takes effect there.
+    This environment's site-packages (``make test-matrix`` has two) are on its path as plain folders, so neither the
+    editable installation nor the lookup file of this environment takes effect there.
     """
     folder = tmp_path_factory.mktemp("second")
     venv.create(folder, with_pip=False, symlinks=sys.platform != "win32")
     paths = sysconfig.get_paths(vars={"base": str(folder), "platbase": str(folder)})
-    (Path(paths["purelib"]) / "dependencies.pth").write_text(sysconfig.get_paths()["purelib"] + "\n")
+    folders = [path for path in sys.path if Path(path).name == "site-packages"]
+    (Path(paths["purelib"]) / "dependencies.pth").write_text("".join(f"{path}\n" for path in folders))
     return Path(paths["scripts"]) / Path(sys.executable).name
 
 
