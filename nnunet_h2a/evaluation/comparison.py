@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -24,12 +25,12 @@ class Cell:
         mean, std, median: over the cases where it is defined.
         n: their number.
         ci95: bootstrap interval of the mean.
-        p: of the paired Wilcoxon signed-rank test against the baseline; None for the baseline itself, and where fewer
-            than one pair is defined.
+        p: of the paired Wilcoxon signed-rank test against the baseline; None for the baseline itself, and where there
+            is no pair.
         p_holm: the same after Holm's correction over the models of one metric.
         pairs: cases in which both models have the metric.
         rank: 1 for the best mean, 2 for the second; models with equal means share a rank.
-        complete: whether no other model has the metric in more cases.
+        complete: whether no other model has the metric in a case where this one has not.
     """
 
     mean: float | None
@@ -50,26 +51,50 @@ Table = dict[str, dict[str, Cell]]
 
 #: Up to so many pairs with a difference every assignment of signs is tried; SciPy's tables hold without ties only.
 _EXACT = 13
+#: Numbers that differ by less, relatively, are equal: sums of floats in another order differ by about 1e-15.
+_SAME = 1e-9
 
 
-def paired_p(one: Sequence[float | None], other: Sequence[float | None]) -> tuple[float | None, int]:
-    """Two-sided p of the Wilcoxon signed-rank test of two models' numbers for the same cases, and the number of pairs.
+def paired(one: Mapping[str, Any], other: Mapping[str, Any], metric: str) -> tuple[list[float], list[float]]:
+    """A metric of two models, case by case, where both have it.
 
-    Cases in which one of them has none are left out, and equal pairs have no sign (Wilcoxon's treatment). The
-    distribution is exact up to 13 differences, and up to 50 where none are equal. 1 where all pairs are equal, None
-    where there is no pair.
+    Labels of one case are not independent of each other, so that a case is one observation: the mean of the labels that
+    both models have.
+
+    Args:
+        one: evaluation file.
+        other: evaluation file, of the same cases and labels.
+        metric: of cases.
     """
-    pairs = [(a, b) for a, b in zip(one, other, strict=True) if a is not None and b is not None]
-    if not pairs:
-        return None, 0
-    first, second = np.array(pairs, float).T
+    others = cases_of(other)
+    found: dict[str, list[tuple[float, float]]] = {}
+    for key, row in cases_of(one).items():
+        pair = row[metric], others[key][metric]
+        if None not in pair:
+            found.setdefault(key[0], []).append(pair)
+    means = [np.mean(pairs, axis=0) for pairs in found.values()]
+    return [float(pair[0]) for pair in means], [float(pair[1]) for pair in means]
+
+
+def paired_p(one: Sequence[float], other: Sequence[float]) -> float | None:
+    """Two-sided p of the Wilcoxon signed-rank test of two models' numbers for the same cases.
+
+    Equal pairs have no sign and are left out (Wilcoxon's treatment). The distribution is exact up to 13 differences,
+    and up to 50 where no two are equally large. 1 where all pairs are equal, None where there is no pair.
+    """
+    if not len(one):
+        return None
+    first, second = np.asarray(one, float), np.asarray(other, float)
+    unit = _SAME * max(np.abs(first).max(), np.abs(second).max())
+    # In whole units: ties that rounding has torn apart, as of 0.3 - 0.2 and 0.2 - 0.1, would change the ranks.
+    differences = np.rint((first - second) / unit) if unit else np.zeros(len(first))
     # With zeros among them SciPy would leave the exact test for an approximation.
-    differences = (first - second)[first != second]
+    differences = differences[differences != 0]
     # Of one difference either sign is as likely, and SciPy tries no permutation of it.
     if len(differences) < 2:
-        return 1.0, len(pairs)
+        return 1.0
     method = PermutationMethod(n_resamples=np.inf) if len(differences) <= _EXACT else "auto"
-    return float(wilcoxon(differences, method=method).pvalue), len(pairs)
+    return float(wilcoxon(differences, method=method).pvalue)
 
 
 def holm(p_values: Sequence[float | None]) -> list[float | None]:
@@ -84,11 +109,12 @@ def holm(p_values: Sequence[float | None]) -> list[float | None]:
 
 
 def _merit(name: str, mean: float) -> float:
-    """Larger is better."""
+    """Larger is better; what is equal but for the order of summation is equal."""
     metric = name.removesuffix(" median")
+    rounded = float(f"{mean:.9g}")
     if metric in NEARER_TO_ZERO:
-        return -abs(mean)
-    return -mean if metric in SMALLER else mean
+        return -abs(rounded)
+    return -rounded if metric in SMALLER else rounded
 
 
 def compare(summaries: Mapping[str, Mapping[str, Any]], baseline: str, metrics: Sequence[str]) -> Table:
@@ -104,15 +130,20 @@ def compare(summaries: Mapping[str, Mapping[str, Any]], baseline: str, metrics: 
     """
     table: Table = {model: {} for model in summaries}
     for metric in metrics:
-        values = {model: by_case(summary, metric) for model, summary in summaries.items()}
         others = [model for model in summaries if model != baseline]
-        tests = dict(zip(others, (paired_p(values[m], values[baseline]) for m in others), strict=True))
-        corrected = dict(zip(others, holm([p for p, _ in tests.values()]), strict=True))
+        pairs = {model: paired(summaries[model], summaries[baseline], metric) for model in others}
+        tests = {model: paired_p(*values) for model, values in pairs.items()}
+        corrected = dict(zip(others, holm(list(tests.values())), strict=True))
+        having = {
+            model: {key for key, row in cases_of(summary).items() if row[metric] is not None}
+            for model, summary in summaries.items()
+        }
+        every, most = set().union(*having.values()), max(summary["n"][metric] for summary in summaries.values())
         for model, summary in summaries.items():
-            p, pairs = tests.get(model, (None, 0))
+            statistics = {key: summary[key][metric] for key in ("mean", "std", "median", "n", "ci95")}
             table[model][metric] = Cell(
-                summary["mean"][metric], summary["std"][metric], summary["median"][metric], summary["n"][metric],
-                summary["ci95"][metric], p, corrected.get(model), pairs,
+                **statistics, p=tests.get(model), p_holm=corrected.get(model), pairs=len(pairs.get(model, ([],))[0]),
+                complete=having[model] == every and statistics["n"] == most,
             )  # fmt: skip
     for model, summary in summaries.items():
         number = len({entry["case"] for entry in summary["cases"]})
@@ -122,22 +153,21 @@ def compare(summaries: Mapping[str, Mapping[str, Any]], baseline: str, metrics: 
 
 
 def ranked(table: Table) -> Table:
-    """The table with ranks: of the models that have a number for as many cases as any model.
+    """The table with ranks: of the models that have a number for every case that any model has it for.
 
     A mean over fewer cases is no equal: who predicts one easy case and nothing else would be the best.
     """
     result: Table = {model: {} for model in table}
     for name in next(iter(table.values())):
-        most = max(cells[name].n for cells in table.values())
         merits = {
             model: _merit(name, cells[name].mean)
             for model, cells in table.items()
-            if cells[name].mean is not None and cells[name].n == most
+            if cells[name].mean is not None and cells[name].complete
         }
         order = sorted(set(merits.values()), reverse=True)
         for model, cells in table.items():
             rank = order.index(merits[model]) + 1 if model in merits else None
-            result[model][name] = replace(cells[name], rank=rank, complete=cells[name].n == most)
+            result[model][name] = replace(cells[name], rank=rank)
     return result
 
 
@@ -155,19 +185,8 @@ def of_the_set(summary: Mapping[str, Any]) -> dict[str, tuple[float | None, list
         elif kind == "pooled":
             found[reported] = summary["pooled"][metric], summary["pooled_ci95"][metric]
         elif metric == "median":
-            found[reported] = summary["median"][kind], None
+            found[reported] = math.inf if kind in summary["infinite_median"] else summary["median"][kind], None
     return found
-
-
-def by_case(summary: Mapping[str, Any], metric: str) -> list[float | None]:
-    """A metric of each case, in one order for all models: over several labels the mean of those that have it.
-
-    Labels of one case are not independent of each other, so that a case is one observation.
-    """
-    found: dict[str, list[float]] = {}
-    for (case, _), row in cases_of(summary).items():
-        found.setdefault(case, []).extend([row[metric]] if row[metric] is not None else [])
-    return [float(np.mean(values)) if values else None for values in found.values()]
 
 
 def cases_of(summary: Mapping[str, Any]) -> dict[tuple[str, str], Mapping[str, Any]]:

@@ -12,7 +12,7 @@ from typing import Any
 
 from nnunet_h2a.evaluation.comparison import NEARER_TO_ZERO, SMALLER, Cell, Disagreement, Table, cases_of
 from nnunet_h2a.evaluation.conventions import Convention
-from nnunet_h2a.evaluation.tables import metric_name
+from nnunet_h2a.evaluation.tables import markdown_head, markdown_row, metric_name
 
 SIGNIFICANT = 0.05
 _PLOTS_IN_A_ROW = 4
@@ -39,7 +39,8 @@ def _cell(cell: Cell, bold: str, underline: str, plus_minus: str, star: str) -> 
     if cell.mean is None:
         return "–"
     spread = "" if cell.median is None else f"{plus_minus}{'–' if cell.std is None else f'{cell.std:.3g}'}"
-    text = {1: bold, 2: underline}.get(cell.rank, "{}").replace("{}", f"{cell.mean:.4g}{spread}")
+    number = "∞" if math.isinf(cell.mean) else f"{cell.mean:.4g}"
+    text = {1: bold, 2: underline}.get(cell.rank, "{}").replace("{}", number + spread)
     text += star if cell.p_holm is not None and cell.p_holm < SIGNIFICANT else ""
     return text if cell.complete else f"{text} (n = {cell.n})"
 
@@ -60,31 +61,32 @@ def markdown(table: Table, convention: Convention, baseline: str, disputed: Sequ
         f"# Comparison by {convention.name}", "",
         f"Mean ± SD over cases, scored as by {convention.source}. Best **bold**, second <u>underlined</u>; * differs "
         f"from {baseline} (paired Wilcoxon signed-rank test, p < {SIGNIFICANT} after Holm's correction over the "
-        "models). A mean over fewer cases than another model's is given with their number and has no rank. "
+        "models). A mean that lacks cases which another model's has is given with their number and has no rank. "
         f"{convention.remark}".rstrip(), "",
-        "| model | " + " | ".join(names.values()) + " |", "|---" * (1 + len(names)) + "|",
+        *markdown_head(["model", *names.values()]),
     ]  # fmt: skip
     for model, cells in table.items():
         row = [_cell(cells[c], "**{}**", "<u>{}</u>", " ± ", " *") for c in columns]
-        lines.append(f"| {model} | " + " | ".join(row) + " |")
+        lines.append(markdown_row([model, *row]))
     lines += ["", "p after correction (cases in which both models have the number):", ""]
-    lines += ["| model | " + " | ".join(names[c] for c in tested) + " |", "|---" * (1 + len(tested)) + "|"]
+    lines += markdown_head(["model", *(names[c] for c in tested)])
     for model, cells in table.items():
         if model != baseline:
             row = ["–" if cells[c].p_holm is None else f"{cells[c].p_holm:.3g} ({cells[c].pairs})" for c in tested]
-            lines.append(f"| {model} | " + " | ".join(row) + " |")
+            lines.append(markdown_row([model, *row]))
     if disputed:
         lines += ["", "Cases in which the models' Dice differ most:", ""]
-        lines += ["| case | label | " + " | ".join(table) + " |", "|---" * (2 + len(table)) + "|"]
+        lines += markdown_head(["case", "label", *table])
         for item in disputed:
             row = ["–" if item.dice[model] is None else f"{item.dice[model]:.3f}" for model in table]
-            lines.append(f"| {item.case} | {item.label} | " + " | ".join(row) + " |")
+            lines.append(markdown_row([item.case, item.label, *row]))
     return "\n".join(lines) + "\n"
 
 
-_ESCAPED = {"_": r"\_", "%": r"\%", "&": r"\&", "#": r"\#", "$": r"\$", "–": "--", "→": r"$\to$"}
-
-
+_ESCAPED = {letter: rf"\{letter}" for letter in "_%&#${}"} | {
+    "\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "|": r"\textbar{}",
+    "<": r"\textless{}", ">": r"\textgreater{}", "–": "--", "\n": " ",
+}  # fmt: skip
 _TEX_ARROWS = (r"\uparrow", r"\downarrow", r"\to 0")
 
 
@@ -104,7 +106,8 @@ def latex(table: Table, convention: Convention, baseline: str) -> str:
     ]  # fmt: skip
     for model, cells in table.items():
         row = [_cell(cells[c], r"\textbf{{}}", r"\underline{{}}", r" $\pm$ ", "$^*$") for c in columns]
-        lines.append(f"{_escaped(model)} & " + " & ".join(text.replace("–", "--") for text in row) + r" \\")
+        row = [text.replace("–", "--").replace("∞", r"$\infty$") for text in row]
+        lines.append(" & ".join([_escaped(model), *row]) + r" \\")
     return "\n".join([*lines, r"\bottomrule", r"\end{tabular}"]) + "\n"
 
 

@@ -218,9 +218,9 @@ def by_name(name: str) -> list[Convention]:
 
 
 def median_with_infinity(values: Sequence[float | None], infinite: int) -> float | None:
-    """Median where ``infinite`` of the missing values count as infinitely large; None where it is itself infinite."""
+    """Median where ``infinite`` of the missing values count as infinitely large; None where there is no value."""
     heap = sorted([value for value in values if value is not None]) + [math.inf] * infinite
     if not heap:
         return None
-    median = float(np.median(heap)) if not math.isinf(heap[len(heap) // 2]) else math.inf
-    return None if math.isinf(median) else median
+    # The mean of a number and infinity, too.
+    return math.inf if math.isinf(heap[len(heap) // 2]) else float(np.median(heap))

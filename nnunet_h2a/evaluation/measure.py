@@ -100,7 +100,8 @@ def measure_and_label(
     """Measure one mask against another, and hand on what was labelled.
 
     Each mask is cut to the box of the two where that saves something, labelled once, and its surface points are taken
-    once; one set of distances serves every measure in the same metric.
+    once; one set of distances serves every measure in the same metric. Along an axis of one voxel there is no surface:
+    a volume of one slice is a picture, and its surfaces are contours.
 
     Args:
         truth: (z, y, x) bool.
@@ -143,7 +144,8 @@ def measure_and_label(
         }  # fmt: skip
     del common
     if true and positive:
-        results |= _distances(truth, predicted, spacing, wanted, _ROOM_PER_VOXEL * voxels, workers)
+        axes = tuple(axis for axis, length in enumerate(shape) if length > 1) or tuple(range(len(shape)))
+        results |= _distances(truth, predicted, spacing, axes, wanted, _ROOM_PER_VOXEL * voxels, workers)
     measures = Measures(
         tp, positive - tp, true - tp, voxels - true - positive + tp, float(np.prod(spacing)) / 1000, **results
     )
@@ -163,13 +165,14 @@ def _distances(
     truth: np.ndarray,
     predicted: np.ndarray,
     spacing: Sequence[float],
+    axes: tuple[int, ...],
     wanted: Collection[str],
     room: int,
     workers: int,
 ) -> dict[str, float]:
     results = {}
     if SURFACES in wanted or VOXELS in wanted:
-        points = surface_points(truth), surface_points(predicted)
+        points = surface_points(truth, axes), surface_points(predicted, axes)
         if SURFACES in wanted:
             between = distances_between(*points, spacing, room, workers)
             results |= {
@@ -180,6 +183,10 @@ def _distances(
             between = distances_between(*points, (1.0, 1.0, 1.0), room, workers)
             results["pooled_hd95_voxels"] = between.pooled_hausdorff95
     if ELEMENTS in wanted or SWAPPED in wanted:
+        if len(axes) == 2:
+            (flat,) = set(range(truth.ndim)) - set(axes)
+            truth, predicted = truth.squeeze(flat), predicted.squeeze(flat)
+            spacing = [spacing[axis] for axis in axes]
         elements = corners(truth), corners(predicted)
         if ELEMENTS in wanted:
             results["element_hd95"] = element_hausdorff95(*elements, spacing, workers)

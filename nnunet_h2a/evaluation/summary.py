@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -138,10 +139,11 @@ def summarise(
         the mean) and ``n`` of each metric, over several labels the average of the labels' values as in nnU-Net's
         ``foreground_mean``, and ``by_label``; ``pooled`` ratios of all voxels of all cases; ``aggregated_dice`` by
         label, of volumes, and ``aggregated_f1`` of detected lesions, both with the labels' mean and intervals; with
-        PET ``pet_agreement``. None stands for what is not defined.
+        PET ``pet_agreement``. None stands for what is not defined; ``infinite_median`` names the metrics whose median
+        is None because it is infinite.
     """
     labels = list(dict.fromkeys(item.name for item in scored))
-    by_label, agreements, totals = {}, {}, []
+    by_label, agreements, totals, medians = {}, {}, [], []
     aggregated: dict[str, dict[str, Any]] = {name + end: {} for name in _AGGREGATED for end in ("", "_ci95")}
     averaged: dict[str, list[Resampled]] = {}
     cases: list[dict[str, Any]] = []
@@ -152,7 +154,8 @@ def summarise(
         rows = [convention.row(item.measures) for item in items]
         key = str(items[0].label)
         statistics, drawn = _statistics(convention, items, rows, bootstrap)
-        by_label[key] = {"name": name, **statistics}
+        by_label[key] = {"name": name, **_finite(statistics)}
+        medians.append(statistics["median"])
         for metric, means in drawn.items():
             averaged.setdefault(metric, []).append(means)
         for ratio, parts_of in _AGGREGATED.items():
@@ -178,7 +181,7 @@ def summarise(
         "source": convention.source,
         "remark": convention.remark,
         "cases": sorted(cases, key=lambda entry: entry["case"]),
-        **_average(by_label, averaged, bootstrap),
+        **_finite(_average(by_label, medians, averaged, bootstrap)),
         "by_label": by_label,
         "pooled": {key: _number(value) for key, value in pooled.items()},
         "pooled_ci95": {key: bootstrap.interval(v, np.ones(len(voxels))) for key, v in resampled_pooled.items()},
@@ -226,15 +229,25 @@ def _detections(m: Measures) -> tuple[float, float]:
 _AGGREGATED = {"aggregated_dice": _volumes, "aggregated_f1": _detections}
 
 
+def _finite(statistics: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
+    """Statistics as JSON can hold them: infinite medians are named and not given."""
+    infinite = [metric for metric, median in statistics["median"].items() if median == math.inf]
+    return {**statistics, "median": statistics["median"] | dict.fromkeys(infinite), "infinite_median": infinite}
+
+
 def _average(
-    by_label: Mapping[str, Mapping[str, Any]], resampled: Mapping[str, list[Resampled]], bootstrap: Bootstrap
+    by_label: Mapping[str, Mapping[str, Any]],
+    medians: Sequence[Mapping[str, float | None]],
+    resampled: Mapping[str, list[Resampled]],
+    bootstrap: Bootstrap,
 ) -> dict[str, dict[str, Any]]:
-    """Averages of the labels' values, where they are defined."""
+    """Averages of the labels' values, where they are defined; of an infinite median the average is infinite."""
     found: dict[str, dict[str, Any]] = {}
-    for key in ("mean", "std", "median"):
+    of_labels = {key: [label[key] for label in by_label.values()] for key in ("mean", "std")} | {"median": medians}
+    for key, labels in of_labels.items():
         found[key] = {}
         for metric in resampled:
-            values = [label[key][metric] for label in by_label.values() if label[key][metric] is not None]
+            values = [label[metric] for label in labels if label[metric] is not None]
             found[key][metric] = float(np.mean(values)) if values else None
     found["ci95"], found["n"] = {}, {}
     for metric, labels in resampled.items():

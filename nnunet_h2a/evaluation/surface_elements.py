@@ -2,7 +2,8 @@
 
 The challenges' evaluator calls the surface-distance library. It looks at every corner between voxels whose eight
 (2 x 2 x 2) voxels are neither all foreground nor all background, gives it the area of the surface that marching cubes
-puts there, and takes the distance that 95 % of the area does not exceed. Source: Nikolov et al., "Clinically applicable
+puts there, and takes the distance that 95 % of the area does not exceed. In a picture it is four pixels, and the length
+that marching squares puts there. Source: Nikolov et al., "Clinically applicable
 segmentation of head and neck anatomy", J Med Internet Res 2021, https://github.com/google-deepmind/surface-distance.
 """
 
@@ -13,7 +14,7 @@ from functools import lru_cache
 from itertools import product
 
 import numpy as np
-from skimage.measure import marching_cubes, mesh_surface_area
+from skimage.measure import find_contours, marching_cubes, mesh_surface_area
 
 from nnunet_h2a.evaluation.surfaces import distances_between
 
@@ -22,20 +23,31 @@ def corners(mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Corners between voxels where foreground meets background; what is outside the array is background.
 
     Args:
-        mask: (z, y, x) bool.
+        mask: (z, y, x) bool, or (y, x).
 
     Returns:
-        Their positions, (n, 3) int64: corner (i, j, k) lies half a voxel before voxel (i, j, k); and which of the eight
-        voxels around each are foreground, (n,) uint8, one bit per voxel.
+        Their positions, (n, axes) int64: corner (i, j, k) lies half a voxel before voxel (i, j, k); and which of the
+        eight voxels (four pixels) around each are foreground, (n,) uint8, one bit per voxel.
     """
     code = np.zeros([length + 1 for length in mask.shape], np.uint8)
-    for bit, offset in enumerate(product((0, 1), repeat=3)):
+    for bit, offset in enumerate(product((0, 1), repeat=mask.ndim)):
         # The voxel that is `offset` behind the corner's first one.
         part = tuple(slice(1 - o, 1 - o + length) for o, length in zip(offset, mask.shape, strict=True))
         code[part] |= mask.view(np.uint8) << np.uint8(bit)
     flat = code.ravel()
-    found = np.flatnonzero((flat != 0) & (flat != 255))
+    found = np.flatnonzero((flat != 0) & (flat != 2 ** (2**mask.ndim) - 1))
     return np.stack(np.unravel_index(found, code.shape), axis=1), flat[found]
+
+
+@lru_cache(maxsize=16)
+def _lengths(spacing: tuple[float, ...]) -> np.ndarray:
+    """Length of the contour at a corner for each of the 16 patterns of its pixels."""
+    lengths = np.zeros(16)
+    for code in range(1, 15):
+        block = np.array([code >> bit & 1 for bit in range(4)], float).reshape(2, 2)
+        lines = find_contours(block, 0.5)
+        lengths[code] = sum(np.linalg.norm(np.diff(line * spacing, axis=0), axis=1).sum() for line in lines)
+    return lengths
 
 
 @lru_cache(maxsize=16)
@@ -66,14 +78,14 @@ def element_hausdorff95(
     Args:
         truth: what :func:`corners` finds in the true mask; at least one corner.
         predicted: likewise, of the predicted mask.
-        spacing: of voxels in mm, (z, y, x).
+        spacing: of voxels in mm, in the order of the mask's axes.
         workers: threads.
 
     Returns:
         mm.
     """
     between = distances_between(truth[0], predicted[0], spacing, workers=workers)
-    areas = _areas(tuple(float(s) for s in spacing))
+    areas = (_areas if len(spacing) == 3 else _lengths)(tuple(float(s) for s in spacing))
     return max(_quantile(between.from_truth, areas[truth[1]]), _quantile(between.from_predicted, areas[predicted[1]]))
 
 

@@ -76,6 +76,10 @@ def _shown(value: float | None, digits: int = 4) -> str:
     return "–" if value is None else f"{value:.{digits}g}"
 
 
+def _median(statistics: Mapping[str, Any], metric: str) -> str:
+    return "∞" if metric in statistics["infinite_median"] else _shown(statistics["median"][metric])
+
+
 def _interval(interval: Sequence[float] | None) -> str:
     return "–" if interval is None else f"{_shown(interval[0])} to {_shown(interval[1])}"
 
@@ -90,6 +94,16 @@ def metric_name(metric: str, convention: Convention) -> str:
     return _NAMES.get(metric, metric) + unit
 
 
+def markdown_row(cells: Sequence[str]) -> str:
+    """A row of a Markdown table; names may hold anything that file names may."""
+    return "| " + " | ".join(" ".join(cell.replace("|", r"\|").split()) for cell in cells) + " |"
+
+
+def markdown_head(cells: Sequence[str]) -> list[str]:
+    """The first two lines of a Markdown table."""
+    return [markdown_row(cells), "|---" * len(cells) + "|"]
+
+
 def markdown(summary: Mapping[str, Any], convention: Convention) -> str:
     """What the convention reports, then every metric by label, as Markdown."""
     lines = [
@@ -99,26 +113,24 @@ def markdown(summary: Mapping[str, Any], convention: Convention) -> str:
     ]
     if convention.remark:
         lines[-1] += f" {convention.remark}"
-    lines += ["", "| reported | value | 95 % interval |", "|---|---|---|"]
+    lines += ["", *markdown_head(["reported", "value", "95 % interval"])]
     for reported in convention.reported:
-        lines += [
-            f"| {name} | {value} | {interval} |" for name, value, interval in _reported(reported, summary, convention)
-        ]
+        lines += [markdown_row(cells) for cells in _reported(reported, summary, convention)]
     for key, label in summary["by_label"].items():
         lines += ["", f"## {label['name']} (label {key})", ""]
-        lines += ["| metric | cases | mean ± SD | 95 % interval of the mean | median |", "|---|---|---|---|---|"]
+        lines += markdown_head(["metric", "cases", "mean ± SD", "95 % interval of the mean", "median"])
         for metric, mean in label["mean"].items():
             lines.append(
                 f"| {metric_name(metric, convention)} | {label['n'][metric]} | {_shown(mean)} ± "
                 f"{_shown(label['std'][metric])} | {_interval(label['ci95'][metric])} | "
-                f"{_shown(label['median'][metric])} |"
+                f"{_median(label, metric)} |"
             )
         counts = {c: sum(e[c] or 0 for e in summary["cases"] if str(e["label"]) == key) for c in COUNTS}
         lines += ["", ", ".join(f"{name.replace('_', ' ')}: {number}" for name, number in counts.items())]
         for kind, quantities in summary.get("pet_agreement", {}).get(key, {}).items():
             of_what = "cases" if kind == "case" else "lesions, each with its counterpart"
-            lines += ["", f"| PET quantity | {of_what} | bias (predicted minus true) | limits of agreement |"]
-            lines += ["|---|---|---|---|"]
+            head = ["PET quantity", of_what, "bias (predicted minus true)", "limits of agreement"]
+            lines += ["", *markdown_head(head)]
             lines += [
                 f"| {name} | {q['n']} | {_shown(q['bias'])} | "
                 f"{_interval(None if q['lower'] is None else [q['lower'], q['upper']])} |"
@@ -147,6 +159,6 @@ def _reported(reported: str, summary: Mapping[str, Any], convention: Convention)
         name = f"pooled {_NAMES.get(metric, metric)}"
         return [(name, _shown(summary["pooled"][metric]), _interval(summary["pooled_ci95"][metric]))]
     if metric == "median":
-        return [(f"median {metric_name(kind, convention)}", _shown(summary["median"][kind]), "–")]
+        return [(f"median {metric_name(kind, convention)}", _median(summary, kind), "–")]
     value = f"{_shown(summary['mean'][metric])} ± {_shown(summary['std'][metric])}"
     return [(f"mean {metric_name(metric, convention)}", value, _interval(summary["ci95"][metric]))]

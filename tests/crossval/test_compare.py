@@ -8,12 +8,12 @@ import shutil
 
 import numpy as np
 import pytest
-from scipy.stats import wilcoxon
+from scipy.stats import PermutationMethod, wilcoxon
 
 from nnunet_h2a.evaluation import run_cases
 from nnunet_h2a.evaluation.compare import main
-from nnunet_h2a.evaluation.comparison import by_case, compare, disagreements, holm, paired_p
-from nnunet_h2a.evaluation.comparison_tables import markdown
+from nnunet_h2a.evaluation.comparison import compare, disagreements, holm, paired, paired_p
+from nnunet_h2a.evaluation.comparison_tables import latex, markdown
 from nnunet_h2a.evaluation.conventions import CONVENTIONS
 from tests.crossval.conftest import CASES, DATASET
 
@@ -25,13 +25,31 @@ def test_holm_by_hand():
     assert holm([None]) == [None]
 
 
+def rows(values, label=1, metric="dice"):
+    return [{"case": f"c{k:02d}", "label": label, metric: value} for k, value in enumerate(values)]
+
+
 def test_wilcoxon_takes_the_pairs_that_are_defined():
     rng = np.random.default_rng(0)
     one, other = rng.random(20), rng.random(20) + 0.2
     expected = wilcoxon(one[2:], other[2:]).pvalue
-    assert paired_p([None, 0.5, *one[2:]], [0.1, None, *other[2:]]) == (pytest.approx(expected), 18)
-    assert paired_p([1, 2], [1, 2]) == (1, 2)
-    assert paired_p([None], [1]) == (None, 0)
+    pairs = paired({"cases": rows([None, 0.5, *one[2:]])}, {"cases": rows([0.1, None, *other[2:]])}, "dice")
+    assert np.array_equal(pairs, [one[2:], other[2:]])
+    assert paired_p(*pairs) == pytest.approx(expected)
+    assert paired_p([1, 2], [1, 2]) == paired_p([0, 0], [0, 0]) == 1
+    assert paired_p([], []) is None
+
+
+@pytest.mark.parametrize("voxel", [1.0, 2.04, 0.1, 1e6 / 3])
+def test_ties_do_not_depend_on_the_unit(voxel):
+    """Distances are whole voxels: in mm their differences are equal but for rounding."""
+    rng = np.random.default_rng(3)
+    for pairs in (8, 30):
+        one, other = rng.integers(1, 9, pairs), rng.integers(1, 9, pairs)
+        differences = (one - other)[one != other]
+        method = PermutationMethod(n_resamples=np.inf) if pairs == 8 else "auto"
+        expected = wilcoxon(differences, method=method).pvalue
+        assert paired_p(one * voxel, other * voxel) == pytest.approx(expected)
 
 
 def test_few_differences_among_many_equal_pairs():
@@ -39,18 +57,17 @@ def test_few_differences_among_many_equal_pairs():
     zeros = np.zeros(25)
     moved = zeros.copy()
     moved[:5] = 0.2
-    assert paired_p(moved, zeros) == (0.0625, 25)
+    assert paired_p(moved, zeros) == 0.0625
     moved[:5] = np.arange(5) + 1
-    assert paired_p(moved, zeros) == (0.0625, 25)
+    assert paired_p(moved, zeros) == 0.0625
 
 
 def test_labels_of_a_case_are_one_observation():
-    rows = [
-        {"case": f"c{k}", "label": label, "dice": value}
-        for k in range(4)
-        for label, value in ((1, k / 4), (2, None if k == 3 else 1.0))
-    ]
-    assert by_case({"cases": rows}, "dice") == [0.5, 0.625, 0.75, 0.75]
+    """Of labels that one model has not in a case the other's do not count there either."""
+    one = {"cases": rows([3, 4, 5, None]) + rows([None, None, 1, None], label=2)}
+    other = {"cases": rows([3, 4, 7, 1]) + rows([8, 8, 5, 2], label=2)}
+    one, other = ({"cases": [row | {"hd95": row["dice"]} for row in each["cases"]]} for each in (one, other))
+    assert paired(one, other, "hd95") == ([3, 4, 3], [3, 4, 6])
 
 
 def test_a_mean_over_fewer_cases_has_no_rank():
@@ -63,6 +80,44 @@ def test_a_mean_over_fewer_cases_has_no_rank():
     assert "(n = 1)" in text
 
 
+def test_means_over_other_cases_have_no_rank():
+    """As many cases, and not the same: one model has left out a hard one, the other an easy one."""
+    one, other = summary([1, 1], [3, 9]), summary([1, 1], [3, 9])
+    one["cases"][0]["hd95"] = other["cases"][1]["hd95"] = None
+    one["n"]["hd95"] = other["n"]["hd95"] = 1
+    table = compare({"one": one, "other": other}, "one", ["hd95"])
+    assert [table[model]["hd95"].rank for model in ("one", "other")] == [None, None]
+
+
+def test_equal_means_share_a_rank_in_whatever_order_they_were_summed():
+    rng = np.random.default_rng(0)
+    values = rng.random(200) * 10.0 ** rng.integers(-6, 1, 200)
+    orders = [rng.permutation(values) for _ in range(20)]
+    assert len({float(np.mean(v)) for v in orders}) > 1
+    summaries = {f"model {k}": summary(v, v) for k, v in enumerate(orders)} | {"worse": summary(values - 1, values)}
+    table = compare(summaries, "worse", ["dice"])
+    assert [cells["dice"].rank for cells in table.values()] == [1] * 20 + [2]
+
+
+def test_names_that_mean_something_to_markdown_and_latex():
+    table = compare({"base": summary([1], [1]), "x^2_{a}~\\b|c": summary([0.5], [1])}, "base", ["dice"])
+    text = markdown(table, CONVENTIONS["autopet"], "base", [])
+    assert "| x^2_{a}~\\b\\|c | " in text
+    tex = latex(table, CONVENTIONS["autopet"], "base")
+    assert r"x\textasciicircum{}2\_\{a\}\textasciitilde{}\textbackslash{}b\textbar{}c & " in tex
+
+
+def test_an_infinite_median_is_the_worst():
+    found, lost = (summary([1, 1], [1, 1]) | {"convention": "hecktor"} for _ in range(2))
+    for each in (found, lost):
+        each |= {name: {} for name in ("aggregated_dice", "aggregated_f1")}
+    lost["median"]["hd95"], lost["infinite_median"] = None, ["hd95"]
+    table = compare({"lost": lost, "found": found}, "found", ["dice"])
+    assert [table[model]["hd95 median"].rank for model in ("lost", "found")] == [2, 1]
+    assert "<u>∞</u>" in markdown(table, CONVENTIONS["hecktor"], "found", [])
+    assert r"\underline{$\infty$}" in latex(table, CONVENTIONS["hecktor"], "found")
+
+
 def summary(dice, hd95):
     """What of an evaluation file is compared."""
     columns = {"dice": dice, "hd95": hd95}
@@ -71,7 +126,10 @@ def summary(dice, hd95):
         for name, function in (("mean", np.mean), ("std", np.std), ("median", np.median), ("n", len))
     }
     cases = [{"case": f"c{k}", "label": 1, "dice": dice[k], "hd95": hd95[k]} for k in range(len(dice))]
-    return {"convention": "autopet", "cases": cases, "ci95": {"dice": None, "hd95": [0, 1]}, **statistics}
+    return {
+        "convention": "autopet", "cases": cases, "ci95": {"dice": None, "hd95": [0, 1]}, "infinite_median": [],
+        **statistics,
+    }  # fmt: skip
 
 
 def test_ranks_and_tests():

@@ -10,9 +10,14 @@ from scipy import ndimage
 EIGHTEEN = ndimage.generate_binary_structure(3, 2)
 
 
-def border(mask: np.ndarray, axes: tuple[int, ...] = (0, 1, 2)) -> np.ndarray:
-    """Foreground voxels with a neighbour along ``axes`` that is background or outside, (n, 3)."""
+def border(mask: np.ndarray, axes: tuple[int, ...] | None = None) -> np.ndarray:
+    """Foreground voxels with a neighbour along ``axes`` that is background or outside, (n, 3).
+
+    Without ``axes`` along all of more than one voxel; every voxel where there is none.
+    """
     points = []
+    if axes is None:
+        axes = tuple(axis for axis in range(3) if mask.shape[axis] > 1) or (0, 1, 2)
     for point in np.argwhere(mask):
         for axis, step in product(axes, (-1, 1)):
             other = point.copy()

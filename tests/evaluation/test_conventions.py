@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 
 from nnunet_h2a.evaluation.conventions import CONVENTIONS, METRICS, by_name, median_with_infinity
 from nnunet_h2a.evaluation.measure import measure
 from nnunet_h2a.evaluation.summary import Scored, summarise
+from nnunet_h2a.evaluation.tables import markdown
 
 SHAPE = (4, 20, 24)
 
@@ -164,16 +167,34 @@ def test_cipa_takes_the_mean_over_images_and_not_over_cases():
 
 def test_median_counts_lost_cases_as_infinitely_far():
     assert median_with_infinity([1, 2], 1) == 2
-    assert median_with_infinity([1], 1) is None
-    assert median_with_infinity([1], 2) is None
+    assert median_with_infinity([1], 1) == median_with_infinity([1], 2) == math.inf
     assert median_with_infinity([1, 2, 3, None], 0) == 2
     assert median_with_infinity([], 0) is None
     cases = {"a": CASES["both"], "b": (FULL, FULL), "lost": CASES["no prediction"], "nothing": CASES["nothing"]}
     found = summary("hecktor", cases)
     assert found["median"]["hd95"] == found["cases"][0]["hd95"] > 0
+    assert found["infinite_median"] == []
     # Elsewhere the median is over the two cases that have a distance, one of which is 0.
     plain = summary("autopet", cases)
     assert plain["median"]["hd95"] == pytest.approx(plain["cases"][0]["hd95"] / 2)
+
+
+def test_a_lost_class_makes_the_median_infinite():
+    """Of two labels one is never found: what is left of the median is not that of the other label."""
+    convention = CONVENTIONS["hecktor"]
+    found = summarise(
+        convention,
+        [
+            Scored(case, case, label, name, measure(*masks, SPACING, convention.wanted))
+            for case in ("a", "b", "c")
+            for label, name, masks in ((1, "GTVp", CASES["both"]), (2, "GTVn", CASES["no prediction"]))
+        ],
+        {},
+    )
+    assert found["by_label"]["1"]["infinite_median"] == []
+    assert found["by_label"]["2"]["infinite_median"] == found["infinite_median"] == ["hd95"]
+    assert found["by_label"]["2"]["median"]["hd95"] is found["median"]["hd95"] is None
+    assert "| median HD95 (mm) | ∞ | – |" in markdown(found, convention)
 
 
 def test_the_published_median_counts_false_cases_as_infinite_and_lost_ones_as_perfect():

@@ -6,6 +6,7 @@ import math
 
 import numpy as np
 import pytest
+from scipy import ndimage
 
 from nnunet_h2a.evaluation import surfaces
 from nnunet_h2a.evaluation.images import image_distances
@@ -58,9 +59,38 @@ def test_surface_elements_against_the_challenges_library(seed):
     if not (truth.any() and predicted.any()):
         return
     m = measure(truth, predicted, spacing, EVERYTHING)
+    if truth.shape.count(1) == 1:
+        # The library has a two-dimensional form of its own, for pictures.
+        flat = truth.shape.index(1)
+        truth, predicted = truth.squeeze(flat), predicted.squeeze(flat)
+        spacing = tuple(s for axis, s in enumerate(spacing) if axis != flat)
     for ours, order in ((m.element_hd95, spacing), (m.swapped_element_hd95, spacing[::-1])):
         theirs = library.compute_robust_hausdorff(library.compute_surface_distances(truth, predicted, order), 95)
         assert ours == pytest.approx(theirs, rel=1e-9)
+
+
+@pytest.mark.filterwarnings("ignore:Please import:DeprecationWarning")
+@pytest.mark.parametrize("axis", [0, 1, 2])
+def test_a_volume_of_one_slice_is_a_picture(axis):
+    """Discs in one slice, whose inside is no surface; a flat lesion in a volume of several slices is all surface."""
+    library = pytest.importorskip("surface_distance", reason="surface-distance is not installed")
+    rows, columns = np.mgrid[:90, :80]
+    one, other = (np.hypot(rows - 45, columns - middle) < 30 for middle in (35, 45))
+    truth, predicted = np.expand_dims(one, axis), np.expand_dims(other, axis)
+    spacing = np.insert([2.0, 1.5], axis, 7.0)
+    m = measure(truth, predicted, spacing, EVERYTHING)
+    distances = library.compute_surface_distances(one, other, (2.0, 1.5))
+    assert m.element_hd95 == pytest.approx(library.compute_robust_hausdorff(distances, 95), rel=1e-9)
+    contours = [mask & ~ndimage.binary_erosion(mask) for mask in (one, other)]
+    there, back = (
+        ndimage.distance_transform_edt(~contours[1 - k], sampling=(2.0, 1.5))[contours[k]] for k in (0, 1)
+    )  # fmt: skip
+    assert m.assd == pytest.approx((there.mean() + back.mean()) / 2)
+    assert m.hd95 == pytest.approx(max(np.percentile(there, 95), np.percentile(back, 95)))
+    assert m.hd95 > 10
+    room = np.insert([0, 0], axis, 3)
+    thick = [np.pad(mask, [(n, n) for n in room]) for mask in (truth, predicted)]
+    assert measure(*thick, spacing, EVERYTHING).assd < m.assd / 3
 
 
 @pytest.mark.parametrize("seed", SEEDS)
