@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import re
 import shutil
+from itertools import permutations
 
 import numpy as np
 import pytest
@@ -90,13 +91,11 @@ def test_means_over_other_cases_have_no_rank():
 
 
 def test_equal_means_share_a_rank_in_whatever_order_they_were_summed():
-    rng = np.random.default_rng(0)
-    values = rng.random(200) * 10.0 ** rng.integers(-6, 1, 200)
-    orders = [rng.permutation(values) for _ in range(20)]
+    orders = [np.array(values) for values in permutations((0.1, 0.2, 0.3))]
     assert len({float(np.mean(v)) for v in orders}) > 1
-    summaries = {f"model {k}": summary(v, v) for k, v in enumerate(orders)} | {"worse": summary(values - 1, values)}
+    summaries = {f"model {k}": summary(v, v) for k, v in enumerate(orders)} | {"worse": summary([0, 0, 0], [1, 1, 1])}
     table = compare(summaries, "worse", ["dice"])
-    assert [cells["dice"].rank for cells in table.values()] == [1] * 20 + [2]
+    assert [cells["dice"].rank for cells in table.values()] == [1] * 6 + [2]
 
 
 def test_names_that_mean_something_to_markdown_and_latex():
