@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from nnunet_h2a.command import CommandError, dataset_folder, nnunet_folder, read_plans, run_command
-from nnunet_h2a.crossval.jobs import Job, read_folds, with_plans, write_missing_splits
-from nnunet_h2a.crossval.run_job import Settings, command, run_job
+from nnunet_h2a.crossval.jobs import Job, check_first_stage, read_folds, with_plans, write_missing_splits
+from nnunet_h2a.crossval.run_job import BUSY, Settings, command, reason, run_job
 
 SOME_FAILED = 1
 
@@ -28,7 +28,7 @@ def build_parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
         description="Train, validate and score every (trainer, fold) that is not finished yet with nnU-Net's own "
         "commands, one at a time on every GPU. Started again it goes on, also after it was killed. Exit code 1 if a "
-        "job failed, 2 if nothing could be done.",
+        "job failed, 2 if nothing could be done; with --job also 75 if another run works on it.",
     )
     parser.add_argument("-d", "--dataset", required=True, help="dataset number or name, planned and preprocessed")
     parser.add_argument("-c", "--configurations", nargs="+", required=True, metavar="C", help="2d, 3d_fullres, …")
@@ -69,10 +69,16 @@ def _crossval(arguments: argparse.Namespace, given: Sequence[str]) -> int:
     if arguments.job is not None:
         if not 0 <= arguments.job < len(jobs):
             raise CommandError(f"--job {arguments.job}: there are the jobs 0 to {len(jobs) - 1}")
-        # What SLURM and the process that has started this one send; and Ctrl-C also where a shell has it ignored.
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, signal.default_int_handler)
-        return run_job(jobs[arguments.job], settings, {})
+        # Ctrl-C also where a shell has it ignored: it comes from the process that has started this one.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        _end_when_asked()
+        job = jobs[arguments.job]
+        code = run_job(job, settings, {})
+        if code == BUSY:
+            print(f"{job.model} fold {job.fold}: another run works on it", file=sys.stderr)
+        elif code:
+            print(f"failed: {job.model} fold {job.fold}: {reason(job)} ({job.log})", file=sys.stderr)
+        return code if code in (0, BUSY) else SOME_FAILED
     models = list(dict.fromkeys((job.trainer, job.plans, job.configuration) for job in jobs))
     answer = _ask(preprocessed, models)
     if answer["missing"]:
@@ -80,17 +86,27 @@ def _crossval(arguments: argparse.Namespace, given: Sequence[str]) -> int:
     if arguments.slurm is not None:
         return _write_slurm(arguments.slurm, jobs, given, arguments.device)
     from nnunet_h2a.crossval.schedule import Table, run_all
-    from nnunet_h2a.crossval.slots import dask_slots, local_slots
+    from nnunet_h2a.crossval.slots import DaskPlaces, LocalPlaces
 
-    slots = (
-        dask_slots(arguments.dask, settings) if arguments.dask is not None
-        else local_slots(arguments.device, answer["gpus"], [command("h2a_crossval"), *given])
+    places = (
+        DaskPlaces(arguments.dask, settings) if arguments.dask is not None
+        else LocalPlaces(arguments.device, answer["gpus"], [command("h2a_crossval"), *given])
     )  # fmt: skip
+    _end_when_asked()
     epochs = {"__".join(model): number for model, number in zip(models, answer["epochs"], strict=True)}
-    failed = run_all(jobs, slots, settings, Table(epochs, len(slots)))
+    failed = run_all(jobs, places, settings, Table(epochs))
     for job, why in failed.items():
         print(f"failed: {job.model} fold {job.fold}: {why} ({job.log})", file=sys.stderr)
     return SOME_FAILED if failed else 0
+
+
+def _end_when_asked() -> None:
+    """What batch systems, ``kill`` and a closed terminal send ends this command as Ctrl-C does: with its children."""
+    for name in ("SIGTERM", "SIGHUP"):
+        number = getattr(signal, name, None)
+        # nohup has the latter ignored, and means it.
+        if number is not None and signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, signal.default_int_handler)
 
 
 def _jobs(arguments: argparse.Namespace, preprocessed: Path, results: Path) -> tuple[dict[str, Any], list[Job]]:
@@ -111,12 +127,18 @@ def _jobs(arguments: argparse.Namespace, preprocessed: Path, results: Path) -> t
                     f"{preprocessed / identifier} holds no cases: run  nnUNetv2_preprocess -d {arguments.dataset} "
                     f"-plans_name {name} -c {configuration}  first"
                 )
-            if not (preprocessed / "splits_final.json").is_file():
+            if arguments.folds != ["all"] and not (preprocessed / "splits_final.json").is_file():
                 write_missing_splits(preprocessed, identifier)
             previous = settled.get("previous_stage")
-            after = f"{trainer}__{name}__{previous}" if previous in arguments.configurations else None
+            after = f"{trainer}__{name}__{previous}" if previous is not None else None
             models.append((configuration, trainer, name, after))
-    folds = read_folds(preprocessed, list(dict.fromkeys(arguments.folds)))
+    folds = read_folds(preprocessed, arguments.folds)
+    for configuration, trainer, name, after in models:
+        # A script for the second stage may be written before its first has run.
+        if after is not None and arguments.slurm is None:
+            is_asked_for = (after.rpartition("__")[2], trainer, name) in [model[:3] for model in models]
+            predicted = results / preprocessed.name / after / "predicted_next_stage" / configuration
+            check_first_stage(preprocessed, folds, predicted, is_asked_for)
     jobs = [
         Job(preprocessed.name, configuration, trainer, name, fold, preprocessed, results, cases, after)
         for fold, cases in folds.items()
@@ -152,7 +174,8 @@ def _ask(preprocessed: Path, models: Sequence[tuple[str, str, str]]) -> dict[str
 
 def _write_slurm(path: Path, jobs: Sequence[Job], given: Sequence[str], device: str) -> int:
     """Write the array script: task N runs job N; what is finished by then ends at once."""
-    if any(job.after for job in jobs):
+    models = {job.model for job in jobs}
+    if any(job.after in models for job in jobs):
         raise CommandError(
             "--slurm: a cascade's second stage must wait for its first: write a script for each configuration, and "
             "give sbatch --dependency=afterok:FIRST for the second"

@@ -6,16 +6,19 @@ import json
 import re
 import statistics
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from nnunet_h2a.command import CommandError, write_whole
+from nnunet_h2a.evaluation import MEASURES_VERSION
 
 #: What a fold's scores are called, for every convention, below its validation folder.
 SCORES = "h2a_scores"
 #: What was measured for them, which h2a_compare uses again; below a folder of predictions.
 MEASURES = f"{SCORES}/measures.jsonl"
+_DEFAULT_FOLDS = 5
+_SCORED = f"measures of version {MEASURES_VERSION}\n"
 WAITING, TRAINING, VALIDATING, SCORING, FINISHED, FAILED = (
     "waiting", "training", "validating", "scoring", "finished", "failed",
 )  # fmt: skip
@@ -107,12 +110,16 @@ class Job:
         return all((self.validation / f"{case}{ending}").is_file() for case in self.cases for ending in endings)
 
     def is_scored(self) -> bool:
-        """Whether our scores are there, and not older than the predictions."""
-        return (
-            self.scored.is_file()
-            and self.summary.is_file()
-            and self.scored.stat().st_mtime >= self.summary.stat().st_mtime
-        )
+        """Whether our scores are there, of this version, and not older than the predictions and the true labels."""
+        if not self.scored.is_file() or self.scored.read_text(encoding="utf-8") != _SCORED:
+            return False
+        files = [self.summary, *(self.preprocessed / "gt_segmentations").glob("*")]
+        newest = max((path.stat().st_mtime for path in files if path.is_file()), default=0.0)
+        return self.summary.is_file() and self.scored.stat().st_mtime >= newest
+
+    def note_scored(self) -> None:
+        """To be called when every convention's scores are written."""
+        self.scored.write_text(_SCORED, encoding="utf-8")
 
 
 def is_whole(checkpoint: Path) -> bool:
@@ -177,6 +184,10 @@ def read_folds(preprocessed: Path, folds: Sequence[str]) -> dict[str, tuple[str,
     Raises:
         CommandError: where the splits cannot be read, or do not have a fold.
     """
+    wanted = list(dict.fromkeys(str(int(fold)) if _is_number(fold) else fold for fold in folds))
+    if wanted == ["all"]:
+        # nnU-Net needs no splits for it.
+        return {"all": _all_cases(preprocessed)}
     path = preprocessed / "splits_final.json"
     try:
         splits = json.loads(path.read_text(encoding="utf-8"))
@@ -188,10 +199,10 @@ def read_folds(preprocessed: Path, folds: Sequence[str]) -> dict[str, tuple[str,
             f"{path} is damaged ({type(error).__name__}: {error}): copy the raw dataset's here"
         ) from error
     found = {}
-    for fold in folds:
+    for fold in wanted:
         if fold == "all":
-            found[fold] = tuple(_all_cases(preprocessed))
-        elif not fold.isdigit() or int(fold) >= len(known):
+            found[fold] = _all_cases(preprocessed)
+        elif not _is_number(fold) or int(fold) >= len(known):
             raise CommandError(f"-f {fold}: {path} has the folds 0 to {len(known) - 1}")
         else:
             found[fold] = known[int(fold)]
@@ -200,9 +211,46 @@ def read_folds(preprocessed: Path, folds: Sequence[str]) -> dict[str, tuple[str,
     return found
 
 
-def _all_cases(preprocessed: Path) -> list[str]:
+def _is_number(text: str) -> bool:
+    return text.isascii() and text.isdigit()
+
+
+def _all_cases(preprocessed: Path) -> tuple[str, ...]:
     """Every preprocessed case: nnU-Net validates fold ``all`` on its training cases."""
-    return sorted({path.stem for path in preprocessed.glob("*/*.pkl")})
+    return tuple(sorted({path.stem for path in preprocessed.glob("*/*.pkl")}))
+
+
+def check_first_stage(
+    preprocessed: Path, folds: Mapping[str, tuple[str, ...]], predicted: Path, is_asked_for: bool
+) -> None:
+    """A cascade's second stage needs its first stage's prediction of every case that it trains and validates on.
+
+    The first stage predicts a case where that is validated: training one fold of the second stage takes all folds of
+    the first.
+
+    Args:
+        preprocessed: the dataset's folder below ``$nnUNet_preprocessed``.
+        folds: validation cases of the folds to be trained.
+        predicted: where the first stage's predictions for the second are.
+        is_asked_for: whether the same folds of the first stage are trained before.
+
+    Raises:
+        CommandError: where a prediction would be missing.
+    """
+    needed = set(_all_cases(preprocessed))
+    if "all" not in folds:
+        splits = json.loads((preprocessed / "splits_final.json").read_text(encoding="utf-8"))
+        needed = {str(case) for fold in folds for part in ("train", "val") for case in splits[int(fold)].get(part, [])}
+    coming = {case for cases in folds.values() for case in cases} if is_asked_for else set()
+    # Arrays of NumPy or Blosc, as nnU-Net's version has it.
+    there = {path.stem for path in predicted.glob("*") if path.suffix in (".npz", ".b2nd")}
+    if missing := sorted(needed - coming - there):
+        first = predicted.parents[1].name
+        raise CommandError(
+            f"{predicted.name}: of {len(needed)} cases {len(missing)} ({missing[0]}, …) have no prediction of "
+            f"{first}, which only the folds that validate them write: "
+            + ("ask for all folds" if is_asked_for else f"add {first.rpartition('__')[2]} to -c, and all folds")
+        )
 
 
 def write_missing_splits(preprocessed: Path, configuration: str) -> None:
@@ -217,7 +265,10 @@ def write_missing_splits(preprocessed: Path, configuration: str) -> None:
     from nnunetv2.utilities.crossval_split import generate_crossval_split
 
     cases = sorted(path.stem for path in (preprocessed / configuration).glob("*.pkl"))
-    if not cases:
-        raise CommandError(f"{preprocessed / configuration} holds no cases: run nnUNetv2_preprocess first")
-    splits = generate_crossval_split(cases, seed=12345, n_splits=5)
+    if len(cases) < _DEFAULT_FOLDS:
+        raise CommandError(
+            f"{preprocessed} has {len(cases)} cases and no splits_final.json, and nnU-Net divides no fewer than "
+            f"{_DEFAULT_FOLDS}: write the folds yourself, or  -f all"
+        )
+    splits = generate_crossval_split(cases, seed=12345, n_splits=_DEFAULT_FOLDS)
     write_whole({preprocessed / "splits_final.json": json.dumps(splits, indent=4)})

@@ -152,7 +152,7 @@ def run_job(job: Job, settings: Settings, environment: Mapping[str, str]) -> int
             if code:
                 return 1 if code == BUSY else code
             if step[0].endswith(_SCORER):
-                job.scored.touch()
+                job.note_scored()
         return 0
 
 
@@ -201,6 +201,7 @@ def reason(job: Job) -> str:
         return "it left no log"
     # What earlier commands have said is not the reason.
     begins = max((number for number, line in enumerate(lines) if line.startswith("$ ")), default=-1)
-    said = [line.strip() for line in lines[begins + 1 :] if line.strip()]
+    # Nor is what this command has said of them.
+    said = [line.strip() for line in lines[begins + 1 :] if line.strip() and not line.startswith("failed: ")]
     errors = [line for line in said if "Error" in line or line.startswith(("error: ", "refused: "))]
     return (errors or said or ["nothing"])[-1][:300]

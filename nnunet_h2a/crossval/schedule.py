@@ -20,26 +20,28 @@ from nnunet_h2a.crossval.jobs import (
     progress_of,
 )
 from nnunet_h2a.crossval.run_job import BUSY, Settings, is_busy, reason
-from nnunet_h2a.crossval.slots import Slot
+from nnunet_h2a.crossval.slots import Places, Slot
 
 #: Seconds between looks at what runs, and until a job that another run works on is asked for again.
 LOOK, ASK_AGAIN = 2.0, 30.0
+#: Seconds without any place to run before giving up: workers may be restarted.
+ALONE = 60.0
 _STAGES = {WAITING: 0, TRAINING: 1, VALIDATING: 2, SCORING: 3}
 
 
 def run_all(
     jobs: Sequence[Job],
-    slots: Sequence[Slot],
+    places: Places,
     settings: Settings,
-    show: Callable[[Mapping[Job, Progress], Mapping[Job, str]], None],
+    show: Callable[[Mapping[Job, Progress], Mapping[Job, str], int], None],
 ) -> dict[Job, str]:
     """Run what is not finished yet.
 
     Args:
         jobs: in the order in which they begin; a cascade's second stage waits for its first.
-        slots: where.
+        places: where.
         settings: how.
-        show: is called again and again with every job's progress and, where it runs, its place.
+        show: is called again and again with every job's progress, its place where it runs, and the number of places.
 
     Returns:
         The jobs that failed, and why. What waits for them has not begun.
@@ -50,6 +52,8 @@ def run_all(
     waiting = [job for job in jobs if job not in finished]
     not_before: dict[Job, float] = {}
     running: dict[Slot, Job] = {}
+    slots: list[Slot] = []
+    there = time.monotonic()
     try:
         while True:
             for slot, job in list(running.items()):
@@ -68,7 +72,9 @@ def run_all(
                 waiting.remove(job)
                 failed[job] = f"waits for {job.after}, which failed"
             slots = [slot for slot in slots if slot in running or slot.is_there()]
-            if not slots:
+            slots += places.newcomers([slot.name for slot in slots])
+            there = time.monotonic() if slots else there
+            if time.monotonic() - there > ALONE:
                 raise CommandError("no worker is left: start some, and this command again, which goes on")
             for slot in (slot for slot in slots if slot not in running):
                 ready = [
@@ -79,15 +85,17 @@ def run_all(
                     waiting.remove(ready[0])
                     slot.start(ready[0], numbers[ready[0]])
                     running[slot] = ready[0]
-            places = {job: slot.name for slot, job in running.items()}
-            places |= {job: "another run" for job in waiting if job in not_before and is_busy(job)}
-            show({job: _shown(job, settings, finished, failed, places) for job in jobs}, places)
+            where = {job: slot.name for slot, job in running.items()}
+            where |= {job: "another run" for job in waiting if job in not_before and is_busy(job)}
+            show({job: _shown(job, settings, finished, failed, where) for job in jobs}, where, len(slots))
             if not waiting and not running:
                 return failed
             time.sleep(LOOK)
     except BaseException:
         for slot in running:
             slot.stop()
+        for slot in running:
+            slot.join()
         raise
 
 
@@ -139,19 +147,18 @@ def duration(seconds: float | None) -> str:
 class Table:
     """The state of every job; in a terminal it is drawn over again, elsewhere only what changes is printed."""
 
-    def __init__(self, epochs: Mapping[str, int | None], slots: int) -> None:
+    def __init__(self, epochs: Mapping[str, int | None]) -> None:
         self._epochs = epochs
-        self._slots = max(slots, 1)
         self._lines = 0
         self._stages: dict[Job, str] = {}
         self._live = sys.stdout.isatty()
 
-    def __call__(self, progress: Mapping[Job, Progress], places: Mapping[Job, str]) -> None:
+    def __call__(self, progress: Mapping[Job, Progress], places: Mapping[Job, str], slots: int) -> None:
         """Show how far the jobs are."""
         if self._live:
             width, height = shutil.get_terminal_size()
             # A line that wraps, or a table taller than the screen, could not be drawn over.
-            lines = [line[: width - 1] for line in self.lines(progress, places)]
+            lines = [line[: width - 1] for line in self.lines(progress, places, slots)]
             lines = lines if len(lines) < height else [*lines[: height - 3], "…", lines[-1]]
             # Up to the first line of the last table, and clear to the end of the screen.
             sys.stdout.write(f"\x1b[{self._lines}F\x1b[J" if self._lines else "")
@@ -168,7 +175,7 @@ class Table:
     def _where(job: Job, places: Mapping[Job, str]) -> str:
         return f" on {places[job]}" if job in places else ""
 
-    def lines(self, progress: Mapping[Job, Progress], places: Mapping[Job, str]) -> list[str]:
+    def lines(self, progress: Mapping[Job, Progress], places: Mapping[Job, str], slots: int) -> list[str]:
         """The table."""
         rows = [("model", "fold", "state", "epoch", "time left")]
         left: list[float | None] = []
@@ -184,7 +191,7 @@ class Table:
             ))  # fmt: skip
         widths = [max(len(row[k]) for row in rows) for k in range(len(rows[0]))]
         done = sum(state.stage == FINISHED for state in progress.values())
-        total = None if any(seconds is None for seconds in left) else sum(left) / self._slots
+        total = None if any(seconds is None for seconds in left) else sum(left) / max(slots, 1)
         return [
             *("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows),
             f"{done} of {len(progress)} finished; training left: {duration(total)}",

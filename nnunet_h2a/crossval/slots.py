@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Protocol
 
 from nnunet_h2a.command import CommandError
@@ -32,7 +32,17 @@ class Slot(Protocol):
         """Whether jobs can still begin here."""
 
     def stop(self) -> None:
-        """End the job now; it can be continued later."""
+        """Ask the job to end; it can be continued later."""
+
+    def join(self) -> None:
+        """Wait until it has ended."""
+
+
+class Places(Protocol):
+    """All slots there are; more may come."""
+
+    def newcomers(self, known: Collection[str]) -> list[Slot]:
+        """Slots that have come since, given the names of those that are known."""
 
 
 class LocalSlot:
@@ -67,6 +77,10 @@ class LocalSlot:
         """See :class:`Slot`."""
         if self._process is not None and self._process.poll() is None:
             self._process.terminate()
+
+    def join(self) -> None:
+        """See :class:`Slot`."""
+        if self._process is not None:
             self._process.wait()
 
 
@@ -83,6 +97,8 @@ class DaskSlot:
     def start(self, job: Job, number: int) -> None:
         """See :class:`Slot`."""
         self._job = job
+        # Where a worker cannot begin, the reason is written there.
+        job.log.parent.mkdir(parents=True, exist_ok=True)
         self._future = self._client.submit(
             run_job, job, self._settings, self._environment, workers=[self.name], pure=False, retries=0
         )
@@ -110,37 +126,62 @@ class DaskSlot:
         if self._future is not None:
             self._future.cancel()
 
+    def join(self) -> None:
+        """See :class:`Slot`."""
 
-def local_slots(device: str, gpus: int, command: Sequence[str]) -> list[LocalSlot]:
+
+class LocalPlaces:
     """One slot per GPU that ``CUDA_VISIBLE_DEVICES`` lets us see, or one for the CPU.
+
+    Args:
+        device: nnU-Net's ``-device``.
+        gpus: how many PyTorch finds.
+        command: that runs a job with ``--job N``.
 
     Raises:
         CommandError: where there is no GPU and one is wanted.
     """
-    if device != "cuda":
-        return [LocalSlot(device, command, {})]
-    if not gpus:
-        raise CommandError("no GPU is found: give  -device cpu , or look with  h2a_doctor")
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    names = visible.split(",")[:gpus] if visible else [str(number) for number in range(gpus)]
-    return [LocalSlot(f"GPU {name}", command, {"CUDA_VISIBLE_DEVICES": name}) for name in names]
+
+    def __init__(self, device: str, gpus: int, command: Sequence[str]) -> None:
+        if device != "cuda":
+            self._slots = [LocalSlot(device, command, {})]
+            return
+        if not gpus:
+            raise CommandError("no GPU is found: give  -device cpu , or look with  h2a_doctor")
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        names = visible.split(",")[:gpus] if visible else [str(number) for number in range(gpus)]
+        self._slots = [LocalSlot(f"GPU {name}", command, {"CUDA_VISIBLE_DEVICES": name}) for name in names]
+
+    def newcomers(self, known: Collection[str]) -> list[Slot]:
+        """See :class:`Places`."""
+        return [slot for slot in self._slots if slot.name not in known]
 
 
-def dask_slots(address: str, settings: Settings) -> list[DaskSlot]:
-    """One slot per worker of a cluster.
+class DaskPlaces:
+    """One slot per worker of a cluster; those that join later are used too.
+
+    Args:
+        address: of the scheduler.
+        settings: of the jobs.
 
     Raises:
         CommandError: where there is no scheduler or no worker.
     """
-    try:
-        from distributed import Client
-    except ImportError as error:
-        raise CommandError("--dask needs the package distributed: pip install 'nnunet-h2a[dask]'") from error
-    try:
-        client = Client(address, timeout=_DASK_TIMEOUT)
-        client.wait_for_workers(1, timeout=_DASK_TIMEOUT)
-    except (OSError, TimeoutError, ValueError) as error:
-        raise CommandError(f"--dask {address}: no scheduler with a worker answers there") from error
-    passed = {key: value for key, value in os.environ.items() if key.startswith("nnUNet")}
-    addresses = sorted(client.scheduler_info(n_workers=-1)["workers"])
-    return [DaskSlot(client, worker, settings, passed) for worker in addresses]
+
+    def __init__(self, address: str, settings: Settings) -> None:
+        try:
+            from distributed import Client
+        except ImportError as error:
+            raise CommandError("--dask needs the package distributed: pip install 'nnunet-h2a[dask]'") from error
+        try:
+            self._client = Client(address, timeout=_DASK_TIMEOUT)
+            self._client.wait_for_workers(1, timeout=_DASK_TIMEOUT)
+        except (OSError, TimeoutError, ValueError) as error:
+            raise CommandError(f"--dask {address}: no scheduler with a worker answers there") from error
+        self._settings = settings
+        self._passed = {key: value for key, value in os.environ.items() if key.startswith("nnUNet")}
+
+    def newcomers(self, known: Collection[str]) -> list[Slot]:
+        """See :class:`Places`."""
+        workers = sorted(self._client.scheduler_info(n_workers=-1)["workers"])
+        return [DaskSlot(self._client, name, self._settings, self._passed) for name in workers if name not in known]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -62,11 +63,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 @dataclass(frozen=True)
 class _Model:
-    """A row of the table: where its predictions of each fold lie; ensembles have all in one folder."""
+    """A row of the table: where its predictions of each fold lie; ensembles have all in one folder.
+
+    ``cure`` is what to do about a prediction that is missing.
+    """
 
     name: str
     trainer: str
     folders: tuple[tuple[Path, tuple[str, ...]], ...]
+    cure: str
     is_ours: bool = False
 
 
@@ -113,25 +118,45 @@ def _compare(arguments: argparse.Namespace) -> int:
 
 def _models(arguments: argparse.Namespace, preprocessed: Path, results: Path) -> list[_Model]:
     """Models, ensembles of them, and other predictions; every one with all folds."""
-    folds = read_folds(preprocessed, list(dict.fromkeys(arguments.folds)))
+    folds = read_folds(preprocessed, arguments.folds)
     cases = tuple(case for some in folds.values() for case in some)
+    if repeated := sorted({case for case in cases if cases.count(case) > 1}):
+        of = [fold for fold, some in folds.items() if repeated[0] in some]
+        raise CommandError(
+            f"-f {' '.join(folds)}: the folds {' and '.join(of)} both validate on {repeated[0]}: choose folds that "
+            "share no case"
+        )
     found = []
     for trainer, name in with_plans(arguments.trainers, arguments.plans):
         for configuration in dict.fromkeys(arguments.configurations):
             model = f"{trainer}__{name}__{configuration}"
             folders = tuple((results / model / f"fold_{fold}" / "validation", some) for fold, some in folds.items())
-            found.append(_Model(model, trainer, folders, is_ours=True))
+            cure = "finish it with  h2a_crossval , or choose its folds with -f"
+            found.append(_Model(model, trainer, folders, cure, is_ours=True))
     names = [model.name for model in found]
     for ensemble in sorted((results / "ensembles").glob("ensemble___*___*___*")):
         members = ensemble.name.split("___")
-        if all(member in names for member in members[1:3]) and members[3] == "_".join(folds):
-            found.append(_Model(f"ensemble of {members[1]} and {members[2]}", "", ((ensemble, cases),)))
+        if not all(member in names for member in members[1:3]) or members[3] != "_".join(folds):
+            continue
+        name, cure = f"ensemble of {members[1]} and {members[2]}", "run  nnUNetv2_find_best_configuration  again"
+        if _made_before(ensemble, [folder for m in found if m.name in members[1:3] for folder, _ in m.folders]):
+            print(f"left out: {name} is older than its members' predictions: {cure}", file=sys.stderr)
+        else:
+            found.append(_Model(name, "", ((ensemble, cases),), cure))
     for given in arguments.predictions:
         name, equals, folder = given.partition("=")
-        if not equals or not Path(folder).is_dir():
+        if not equals or not name or not Path(folder).is_dir():
             raise CommandError(f"--predictions {given}: give NAME=DIR, and DIR must be a folder")
-        found.append(_Model(name, name, ((Path(folder), cases),)))
+        if name in [model.name for model in found]:
+            raise CommandError(f"--predictions {given}: there is a model {name} already: give it another name")
+        found.append(_Model(name, name, ((Path(folder), cases),), "predict it"))
     return found
+
+
+def _made_before(ensemble: Path, members: Sequence[Path]) -> bool:
+    """Whether a member has validated after the ensemble was scored: nnU-Net writes its summary last in either."""
+    mine, theirs = ensemble / "summary.json", [folder / "summary.json" for folder in members]
+    return mine.is_file() and any(p.is_file() and p.stat().st_mtime > mine.stat().st_mtime for p in theirs)
 
 
 def _baseline(wanted: str | None, models: Sequence[_Model]) -> str:
@@ -183,8 +208,14 @@ def _pairs(model: _Model, references: Path, ending: str) -> list[tuple[Path, lis
         if missing:
             raise CommandError(
                 f"{model.name} has not predicted {len(missing)} of {len(cases)} validation cases in {folder} "
-                f"({missing[0]}): finish it with  h2a_crossval , or choose its folds with -f"
+                f"({missing[0]}): {model.cure}"
             )
+        # nnU-Net writes a summary when it has validated, and may have trained again since.
+        summary, final = folder / "summary.json", folder.parent / "checkpoint_final.pth"
+        if model.is_ours and not summary.is_file():
+            raise CommandError(f"{model.name} has not ended its validation in {folder}: {model.cure}")
+        if model.is_ours and final.is_file() and final.stat().st_mtime > summary.stat().st_mtime:
+            raise CommandError(f"{model.name} has trained again since its validation in {folder}: {model.cure}")
         files = [Pair(case, references / f"{case}{ending}", folder / f"{case}{ending}") for case in cases]
         found.append((folder, files))
     return found

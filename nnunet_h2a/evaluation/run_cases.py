@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from dataset_conversion.processes import start_worker
 from nnunet_h2a.command import CommandError, read_json
+from nnunet_h2a.evaluation import MEASURES_VERSION
 from nnunet_h2a.evaluation.masks import CaseError, Labels, Pair
 from nnunet_h2a.evaluation.measure import Measures
 from nnunet_h2a.evaluation.pet import patient_quantities
@@ -25,10 +26,6 @@ from nnunet_h2a.evaluation.score_case import Job, empty_measures, score_case
 from nnunet_h2a.evaluation.summary import Scored
 
 Found = dict[str, Any]
-
-
-#: To be raised when the same files give other measures, so that kept ones are not taken for today's.
-MEASURES_VERSION = 2
 
 
 def fingerprint(pair: Pair, job: Job) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import os
 import re
 import shutil
 from itertools import permutations
@@ -245,6 +246,9 @@ def test_ensembles_and_other_programs(arguments, tmp_path, capsys):
         (["--convention", "x"], "choose one of autopet"),
         (["--predictions", "x"], "give NAME=DIR"),
         (["-f", "7"], "-f 7"),
+        (["-f", "0", "all"], "-f 0 all: the folds 0 and all both validate on case_0"),
+        (["--predictions", "=."], "give NAME=DIR"),
+        (["--predictions", "a=.", "a=.."], "--predictions a=..: there is a model a already"),
     ],
 )
 def test_nothing_is_done(arguments, tmp_path, capsys, more, text):
@@ -253,6 +257,32 @@ def test_nothing_is_done(arguments, tmp_path, capsys, more, text):
     assert text in error
     assert error.count("\n") == 1
     assert not (tmp_path / "table").exists()
+
+
+@pytest.mark.parametrize("what", ["no summary", "trained again"])
+def test_a_model_that_has_not_ended_its_validation(arguments, tmp_path, capsys, what):
+    fold = tmp_path / "nnUNet_results" / DATASET / "Third__nnUNetPlans__3d_fullres" / "fold_1"
+    summary = fold / "validation" / "summary.json"
+    if what == "no summary":
+        summary.unlink()
+    else:
+        os.utime(summary, (1e9, 1e9))
+    assert main(arguments) == 2
+    says = "has not ended its validation" if what == "no summary" else "has trained again since its validation"
+    assert f"Third__nnUNetPlans__3d_fullres {says} in {summary.parent}: finish it with" in capsys.readouterr().err
+
+
+def test_an_ensemble_of_earlier_predictions_is_left_out(arguments, tmp_path, capsys):
+    results = tmp_path / "nnUNet_results" / DATASET
+    names = [f"{trainer}__nnUNetPlans__3d_fullres" for trainer in ("nnUNetTrainer", "nnUNetTrainerH2ASeg")]
+    ensemble = results / "ensembles" / f"ensemble___{names[0]}___{names[1]}___0_1"
+    ensemble.mkdir(parents=True)
+    (ensemble / "summary.json").write_text("{}")
+    os.utime(ensemble / "summary.json", (1e9, 1e9))
+    assert main(arguments) == 0
+    printed = capsys.readouterr()
+    assert f"left out: ensemble of {names[0]} and {names[1]} is older than its members' predictions" in printed.err
+    assert "ensemble of" not in printed.out
 
 
 def test_some_metrics(arguments, tmp_path):

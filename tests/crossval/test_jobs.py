@@ -74,6 +74,40 @@ def test_missing_folds_are_those_that_nnunet_would_make(dataset, tmp_path):
     assert json.loads((dataset / "splits_final.json").read_text()) == json.loads(json.dumps(expected))
 
 
+def test_few_cases_without_folds(dataset, tmp_path):
+    """nnU-Net divides no fewer than five; for all of them it needs no folds."""
+    (dataset / "splits_final.json").unlink()
+    with pytest.raises(CommandError, match=r"has 4 cases and no splits_final\.json"):
+        jobs(dataset, tmp_path)
+    assert [job.fold for job in jobs(dataset, tmp_path, "-f", "all")] == ["all"]
+    assert not (dataset / "splits_final.json").exists()
+
+
+def test_a_fold_has_one_name(dataset, tmp_path):
+    assert [job.fold for job in jobs(dataset, tmp_path, "-f", "01", "1", "00")] == ["1", "0"]
+    with pytest.raises(CommandError, match="-f ²: "):
+        jobs(dataset, tmp_path, "-f", "²")
+
+
+def test_a_cascade_needs_its_first_stage_of_every_case(dataset, tmp_path):
+    cascade = ["-c", "3d_lowres", "3d_cascade_fullres"]
+    assert len(jobs(dataset, tmp_path, *cascade)) == 4
+    with pytest.raises(CommandError, match=r"of 4 cases 2 \(case_2, …\) have no prediction of .*ask for all folds"):
+        jobs(dataset, tmp_path, *cascade, "-f", "0")
+    alone = ["-c", "3d_cascade_fullres", "-f", "0"]
+    with pytest.raises(CommandError, match="add 3d_lowres to -c, and all folds"):
+        jobs(dataset, tmp_path, *alone)
+    # A script for it may be written before its first stage has run.
+    assert len(jobs(dataset, tmp_path, *alone, "--slurm", "x.sh")) == 1
+    first = tmp_path / "nnUNet_results" / DATASET / "nnUNetTrainer__nnUNetPlans__3d_lowres"
+    predicted = first / "predicted_next_stage" / "3d_cascade_fullres"
+    predicted.mkdir(parents=True)
+    for case, ending in zip(CASES, ("npz", "b2nd", "npz", "npz"), strict=True):
+        (predicted / f"{case}.{ending}").touch()
+    assert len(jobs(dataset, tmp_path, *alone)) == 1
+    assert len(jobs(dataset, tmp_path, *cascade, "-f", "all")) == 2
+
+
 def test_what_comes_next(dataset, tmp_path):
     job = jobs(dataset, tmp_path)[0]
     assert progress_of(job, ".nii.gz", False).stage == WAITING
@@ -104,8 +138,15 @@ def test_what_comes_next(dataset, tmp_path):
     # Scores of one convention are not those of all.
     job.scores.with_name("summary_autopet.json").touch()
     assert progress_of(job, ".nii.gz", False).stage == SCORING
-    job.scored.touch()
+    job.scored.write_text("measures of version 0\n")
+    assert progress_of(job, ".nii.gz", False).stage == SCORING
+    job.note_scored()
     assert progress_of(job, ".nii.gz", False).stage == FINISHED
+    # True labels that were corrected since.
+    label = dataset / "gt_segmentations" / "case_0.nii.gz"
+    os.utime(label, (time.time() + 10,) * 2)
+    assert progress_of(job, ".nii.gz", False).stage == SCORING
+    os.utime(label, (time.time() - 10,) * 2)
     assert next_command(job, SETTINGS) is None
     # A validation that was repeated since is scored anew.
     later = time.time() + 10
@@ -299,6 +340,19 @@ class FakeSlot:
     def stop(self):
         self.notes.append((self.name, "stopped"))
 
+    def join(self):
+        self.notes.append((self.name, "ended"))
+
+
+class FakePlaces:
+    """Slots that come one after the other, one at each look."""
+
+    def __init__(self, *slots):
+        self.slots = slots
+
+    def newcomers(self, known):
+        return [slot for slot in self.slots if slot.name not in known][:1]
+
 
 @pytest.fixture
 def quick(monkeypatch):
@@ -312,7 +366,7 @@ def test_all_jobs_run_once_on_two_places_and_a_failure_stops_nothing_else(datase
     notes, shown = [], []
     codes = {("B", "0"): 1, ("C", "0"): [0, BUSY]}
     slots = [FakeSlot(name, codes, lambda job: None, notes) for name in ("one", "two")]
-    failed = run_all(found, slots, SETTINGS, lambda progress, places: shown.append(dict(progress)))
+    failed = run_all(found, FakePlaces(*slots), SETTINGS, lambda progress, where, number: shown.append(dict(progress)))
     assert [(job.trainer, job.fold) for job in failed] == [("B", "0")]
     started = [note[1:] for note in notes]
     assert len(started) == 7
@@ -328,10 +382,10 @@ def test_a_cascade_waits_for_all_folds_of_its_first_stage(dataset, tmp_path):
     found = jobs(dataset, tmp_path, "-c", "3d_cascade_fullres", "3d_lowres")
     notes = []
     slots = [FakeSlot(name, {}, lambda job: None, notes) for name in ("one", "two", "three")]
-    assert run_all(found, slots, SETTINGS, lambda progress, places: None) == {}
+    assert run_all(found, FakePlaces(*slots), SETTINGS, lambda *shown: None) == {}
     assert [model.rpartition("__")[2] for _, model, _ in notes] == ["3d_lowres"] * 2 + ["3d_cascade_fullres"] * 2
     slots = [FakeSlot("one", {("nnUNetTrainer", "0"): 1}, lambda job: None, notes)]
-    failed = run_all(found, slots, SETTINGS, lambda progress, places: None)
+    failed = run_all(found, FakePlaces(*slots), SETTINGS, lambda *shown: None)
     assert len(failed) == 3
     assert any("waits for nnUNetTrainer__nnUNetPlans__3d_lowres, which failed" in why for why in failed.values())
 
@@ -340,20 +394,71 @@ def test_a_cascade_waits_for_all_folds_of_its_first_stage(dataset, tmp_path):
 def test_what_runs_is_stopped_with_us(dataset, tmp_path):
     notes = []
 
-    def interrupted(progress, places):
-        raise KeyboardInterrupt
+    def interrupted(progress, where, number):
+        if number == 2 and len(where) == 2:
+            raise KeyboardInterrupt
 
+    places = FakePlaces(*(FakeSlot(name, {}, None, notes) for name in ("one", "two")))
     with pytest.raises(KeyboardInterrupt):
-        run_all(jobs(dataset, tmp_path), [FakeSlot("one", {}, None, notes)], SETTINGS, interrupted)
-    assert notes[-1] == ("one", "stopped")
+        run_all(jobs(dataset, tmp_path), places, SETTINGS, interrupted)
+    # All are asked before one is waited for.
+    assert notes[-4:] == [(name, what) for what in ("stopped", "ended") for name in ("one", "two")]
+
+
+@pytest.mark.usefixtures("quick")
+def test_without_any_place_it_ends_after_a_while(dataset, tmp_path, monkeypatch):
+    monkeypatch.setattr("nnunet_h2a.crossval.schedule.ALONE", 0.2)
+    with pytest.raises(CommandError, match="no worker is left"):
+        run_all(jobs(dataset, tmp_path), FakePlaces(), SETTINGS, lambda *shown: None)
+
+
+def test_a_job_says_why_it_does_nothing(dataset, tmp_path, capsys, monkeypatch):
+    """What a SLURM task leaves in its output."""
+    monkeypatch.setattr(
+        "nnunet_h2a.crossval.run_job.next_command",
+        lambda job, settings: [sys.executable, "-c", "raise SystemExit('Error: no luck')"],
+    )
+    arguments = ["-d", "801", "-c", "3d_fullres", "-f", "0", "1", "-device", "cpu", "--job", "1"]
+    assert main(arguments) == 1
+    assert "failed: nnUNetTrainer__nnUNetPlans__3d_fullres fold 1: Error: no luck" in capsys.readouterr().err
+    job = jobs(dataset, tmp_path)[1]
+    with _held(job.lock) as held:
+        assert held is not None
+        assert main(arguments) == BUSY
+    assert "nnUNetTrainer__nnUNetPlans__3d_fullres fold 1: another run works on it" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP", "SIGINT"])
+def test_a_signal_ends_the_command_and_its_children(dataset, tmp_path, name):
+    script = (
+        "import sys; from nnunet_h2a.crossval import command, run_job, slots\n"
+        "command._ask = lambda *a: {'missing': [], 'gpus': 0, 'epochs': [None]}\n"
+        "run_job.next_command = lambda job, settings: [sys.executable, '-c', 'import time; time.sleep(97)']\n"
+        "if '--job' not in sys.argv: command.command = lambda name: __file__\n"
+        "sys.exit(command.main())\n"
+    )
+    program = tmp_path / "h2a_crossval"
+    program.write_text(f"#!{sys.executable}\n{script}")
+    program.chmod(0o755)
+    job = jobs(dataset, tmp_path)[0]
+    command = [program, "-d", "801", "-c", "3d_fullres", "-f", "0", "-device", "cpu"]
+    with subprocess.Popen(command, start_new_session=True, stdout=subprocess.DEVNULL) as process:
+        deadline = time.monotonic() + 60
+        while not (job.log.is_file() and "time.sleep(97)" in job.log.read_text()) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        time.sleep(0.5)
+        assert is_busy(job)
+        process.send_signal(getattr(signal, name))
+        assert process.wait(30) == 130
+    assert not is_busy(job)
 
 
 def test_the_table(dataset, tmp_path):
     from nnunet_h2a.crossval.jobs import Progress
 
     first, second = jobs(dataset, tmp_path)
-    table = Table({first.model: 100}, 1)
-    lines = table.lines({first: Progress(TRAINING, 40, 90.0), second: Progress(WAITING)}, {first: "GPU 0"})
+    table = Table({first.model: 100})
+    lines = table.lines({first: Progress(TRAINING, 40, 90.0), second: Progress(WAITING)}, {first: "GPU 0"}, 1)
     assert lines[1].split("  ")[-1] == "90 min"
     assert "training on GPU 0" in lines[1]
     assert "40/100" in lines[1]
