@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
+import tempfile
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +35,10 @@ def positive(text: str) -> int:
 
 def run_command(action: Callable[[], int]) -> int:
     """Run ``action``; bad input and files that cannot be read or written become one line on stderr and exit code 2."""
+    for stream in (sys.stdout, sys.stderr):
+        # A terminal or pipe that knows no "±" gets a question mark, and no traceback.
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
     try:
         return action()
     except CommandError as error:
@@ -46,7 +52,13 @@ def run_command(action: Callable[[], int]) -> int:
 
 
 def write_whole(contents: Mapping[Path, str]) -> None:
-    """Write text files, all of them or none: a full disk or a kill leaves those that were there before."""
+    """Write text files, whole ones only: a full disk leaves all those that were there before.
+
+    Raises:
+        CommandError: where a folder stands in the place of one.
+    """
+    for target in contents:
+        _refuse_folder(target)
     halves = {target: target.with_name(target.name + ".part") for target in contents}
     try:
         for target, half in halves.items():
@@ -57,6 +69,27 @@ def write_whole(contents: Mapping[Path, str]) -> None:
         for half in halves.values():
             if half.is_file():
                 half.unlink()
+
+
+def _refuse_folder(target: Path) -> None:
+    if target.is_dir():
+        raise CommandError(f"{target} is a folder, and a file is to be written there: name another, or remove it")
+
+
+def check_targets(targets: Iterable[Path]) -> None:
+    """Make the folders of files that will be written, and see now, before long work, that they can be.
+
+    Raises:
+        CommandError: where one cannot.
+    """
+    for target in targets:
+        _refuse_folder(target)
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=target.parent):
+                pass
+        except OSError as error:
+            raise CommandError(f"{target} cannot be written ({error.strerror or error}): name another place") from error
 
 
 def nnunet_folder(variable: str) -> Path:
@@ -105,7 +138,7 @@ def read_json(path: Path, cure: str, keys: Sequence[str]) -> dict[str, Any]:
         keys: what must be in it.
 
     Raises:
-        CommandError: where it is missing, no JSON, or lacks a key.
+        CommandError: where it is missing, no JSON object, or lacks a key.
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -114,8 +147,9 @@ def read_json(path: Path, cure: str, keys: Sequence[str]) -> dict[str, Any]:
     except ValueError as error:
         # No JSON, or no UTF-8.
         raise CommandError(f"{path} is not JSON ({error}): write it anew with  {cure}") from error
-    missing = [key for key in keys if not isinstance(content, dict) or key not in content]
-    if missing:
+    if not isinstance(content, dict):
+        raise CommandError(f"{path} holds no JSON object, but {str(content)[:50]}: write it anew with  {cure}")
+    if missing := [key for key in keys if key not in content]:
         raise CommandError(f"{path} has no {', '.join(missing)}: write it anew with  {cure}")
     return content
 

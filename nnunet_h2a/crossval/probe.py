@@ -32,8 +32,9 @@ def ask(preprocessed: Path, models: list[list[str]]) -> dict[str, Any]:
         # A trainer makes its results folder and a log when it is made.
         module.nnUNet_results = folder
         for trainer, plans, configuration in models:
-            found = recursive_find_trainer_class_by_name(trainer)
-            if found is None:
+            try:
+                found = recursive_find_trainer_class_by_name(trainer)
+            except RuntimeError:
                 missing.append(trainer)
                 epochs.append(None)
                 continue

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from nnunet_h2a.command import (
     CommandError,
+    check_targets,
     dataset_folder,
     nnunet_folder,
     positive,
@@ -101,11 +102,11 @@ def _compare(arguments: argparse.Namespace) -> int:
     # All at once, so that a missing prediction is said before hours of measuring.
     pairs = {model: _pairs(model, preprocessed / "gt_segmentations", dataset_json["file_ending"]) for model in models}
     labels = labels_of_dataset(dataset_json, preprocessed / "dataset.json")
+    check_targets(arguments.output / f"comparison.{ending}" for ending in ("md", "csv", "tex", "png"))
     summaries = {
         model.name: _summary(model, pairs[model], labels, preprocessed, convention, arguments.processes)
         for model in models
     }
-    arguments.output.mkdir(parents=True, exist_ok=True)
     table = compare(summaries, baseline, metrics)
     text = markdown(table, convention, baseline, disagreements(summaries))
     contents = {"md": text, "csv": long_csv(table), "tex": latex(table, convention, baseline)}

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nnunet_h2a.command import CommandError, positive, read_json, run_command
+from nnunet_h2a.command import CommandError, check_targets, positive, read_json, run_command
 
 if TYPE_CHECKING:
     from nnunet_h2a.evaluation.masks import Labels, Pair
@@ -75,7 +75,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     from nnunet_h2a.evaluation.run_cases import measure_all, patients_of, scored_cases
     from nnunet_h2a.evaluation.score_case import Job
     from nnunet_h2a.evaluation.summary import summarise
-    from nnunet_h2a.evaluation.tables import write_summary
+    from nnunet_h2a.evaluation.tables import FILES, write_summary
 
     try:
         conventions = by_name(arguments.convention)
@@ -113,8 +113,12 @@ def _evaluate(arguments: argparse.Namespace) -> int:
         arguments.resample,
         max(1, arguments.processes // processes),
     )
-    output.parent.mkdir(parents=True, exist_ok=True)
+    paths = {
+        convention: output if len(conventions) == 1 else output.with_name(f"{output.stem}_{convention.name}.json")
+        for convention in conventions
+    }
     progress = arguments.cache or output.with_name(output.name + ".progress")
+    check_targets([*(path.with_suffix(ending) for path in paths.values() for ending in FILES), progress])
     found = measure_all(pairs, job, processes, progress, refused.__setitem__)
     for case, why in refused.items():
         print(f"refused: {case}: {why}", file=sys.stderr)
@@ -128,14 +132,15 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     scored = scored_cases(found, job, patients_of(arguments.reference))
     if not scored:
         raise CommandError("no label occurs in any case: name those to score with -l, or give -djfile")
-    for convention in conventions:
-        path = output if len(conventions) == 1 else output.with_name(f"{output.stem}_{convention.name}.json")
-        summary = summarise(convention, scored, refused, resampled)
-        written = write_summary(path, summary, convention)
-        print(written[2].read_text(encoding="utf-8"))
-        print(f"written: {', '.join(str(p) for p in written)}\n")
+    written = [
+        write_summary(path, summarise(convention, scored, refused, resampled), convention)
+        for convention, path in paths.items()
+    ]
     if arguments.cache is None:
         progress.unlink(missing_ok=True)
+    for files in written:
+        print(files[2].read_text(encoding="utf-8"))
+        print(f"written: {', '.join(str(path) for path in files)}\n")
     return SOME_REFUSED if refused else 0
 
 
@@ -178,17 +183,15 @@ def _pairs(
         images = label_files(arguments.images)
     except CaseError as error:
         raise CommandError(str(error)) from error
-    if all(case in images for case in cases):
-        return [Pair(case, reference[case], predicted[case], images[case]) for case in cases]
-    channel = _pet_channel(arguments, dataset_json)
-    pairs = []
+    # One image per case by its own name, or nnU-Net's with a channel each.
+    ending = "" if any(case in images for case in cases) else f"_{_pet_channel(arguments, dataset_json):04d}"
     for case in cases:
-        image = images.get(f"{case}_{channel:04d}")
-        if image is None:
-            refused[case] = f"{arguments.images} has no {case}_{channel:04d}.*: give the folder with its PET image"
-        else:
-            pairs.append(Pair(case, reference[case], predicted[case], image))
-    return pairs
+        if case + ending not in images:
+            refused[case] = f"{arguments.images} has no {case}{ending}.*: give the folder with its PET image"
+    return [
+        Pair(case, reference[case], predicted[case], images[case + ending])
+        for case in cases if case + ending in images
+    ]  # fmt: skip
 
 
 def _pet_channel(arguments: argparse.Namespace, dataset_json: tuple[dict[str, Any], Path] | None) -> int:

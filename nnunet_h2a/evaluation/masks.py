@@ -212,6 +212,8 @@ def labels_of_dataset(dataset_json: Mapping[str, Any], path: Path) -> Labels:
     ignored = entries.pop("ignore", (None,))[0]
     known = frozenset(i for value in entries.values() for i in value) | {0}
     named = {name: value for name, value in entries.items() if value != (0,)}
+    if len(set(named.values())) < len(named):
+        raise CommandError(f'{path}: "labels" has two names for the same label: {named}; leave one')
     if not named:
         raise CommandError(f'{path}: "labels" has no label beside the background')
     return Labels(named, ignored, known | ({ignored} if ignored is not None else set()))

@@ -165,7 +165,7 @@ def patients_of(reference: Path) -> dict[str, str]:
     if not path.is_file():
         return {}
     content = read_json(path, "the conversion", [])
-    cases = content.get("cases") if isinstance(content, dict) else None
+    cases = content.get("cases")
     if not isinstance(cases, dict):
         raise CommandError(f"{path} has no cases: run the conversion again, or remove it")
     return {

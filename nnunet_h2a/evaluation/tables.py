@@ -21,6 +21,10 @@ _NAMES = {
 }  # fmt: skip
 
 
+#: Endings of an evaluation's files.
+FILES = (".json", ".csv", ".md")
+
+
 def write_summary(path: Path, summary: Mapping[str, Any], convention: Convention) -> list[Path]:
     """Write ``path``, and beside it a CSV file with a row per case and a Markdown table; whole files or none.
 

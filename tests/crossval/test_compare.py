@@ -285,6 +285,13 @@ def test_an_ensemble_of_earlier_predictions_is_left_out(arguments, tmp_path, cap
     assert "ensemble of" not in printed.out
 
 
+def test_an_output_that_cannot_be_written_is_said_before_measuring(arguments, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(run_cases, "score_case", None)
+    (tmp_path / "table" / "comparison.tex").mkdir(parents=True)
+    assert main(arguments) == 2
+    assert "comparison.tex is a folder" in capsys.readouterr().err
+
+
 def test_some_metrics(arguments, tmp_path):
     assert main([*arguments, "--metrics", "dice", "assd"]) == 0
     rows = list(csv.DictReader((tmp_path / "table" / "comparison.csv").open()))

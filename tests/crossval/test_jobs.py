@@ -470,6 +470,11 @@ def test_the_table(dataset, tmp_path):
     assert [duration(s) for s in (None, 5, 120, 3600 * 30)] == ["?", "5 s", "2 min", "30 h 00 min"]
 
 
+def test_a_trainer_that_nnunet_does_not_find(dataset, tmp_path, capsys):
+    assert main(["-d", "801", "-c", "3d_fullres", "-device", "cpu", "-f", "0", "-tr", "nnUNetTrainer", "Nope"]) == 2
+    assert "nnU-Net finds no trainer Nope: see  h2a_doctor -tr NAME" in capsys.readouterr().err
+
+
 def test_slurm_script_runs_each_job(predicted, dataset, tmp_path):
     predicted("nnUNetTrainer", 0)
     script = tmp_path / "folder with blanks" / "jobs.sh"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -169,7 +170,7 @@ def test_regions_and_ignored_voxels(folders):
     assert {key: found["2"][key] for key in ("tp", "fp", "fn")} == {"tp": 0, "fp": 0, "fn": 8}
 
 
-@pytest.mark.parametrize("content", ["[]", '{"cases": []}', "{}"])
+@pytest.mark.parametrize("content", ['{"cases": []}', "{}"])
 def test_a_damaged_conversion_report(folders, capsys, content):
     (folders / "conversion_report.json").write_text(content)
     assert main(arguments(folders)) == 2
@@ -289,6 +290,10 @@ def test_two_dimensions(folders):
         (["-djfile", "empty.json"], '"labels" must give integers by name'),
         (["-djfile", "none.json"], "no label beside the background"),
         (["-djfile", "latin.json"], "is not JSON"),
+        (["-djfile", "twice.json"], "two names for the same label"),
+        (["-o", "folder.json"], "folder.json is a folder"),
+        (["-o", "list.json/s.json"], "list.json/s.json cannot be written"),
+        (["-o", "s.json", "--cache", "folder.json"], "folder.json is a folder"),
     ],
 )
 def test_nothing_is_done(folders, capsys, monkeypatch, more, text):
@@ -296,9 +301,10 @@ def test_nothing_is_done(folders, capsys, monkeypatch, more, text):
     monkeypatch.chdir(folders / "empty")
     for name, labels in (
         ("list", ["tumor"]), ("old", {"0": "background", "1": "tumor"}), ("empty", {"background": 0, "tumor": []}),
-        ("none", {"background": 0}),
+        ("none", {"background": 0}), ("twice", {"a": 1, "b": 2, "c": 1}),
     ):  # fmt: skip
         Path(f"{name}.json").write_text(json.dumps({"labels": labels}))
+    Path("folder.json").mkdir()
     Path("latin.json").write_bytes('{"labels": {"Läsion": 1}}'.encode("latin-1"))
     assert main(arguments(folders, *more)) == 2
     captured = capsys.readouterr()
@@ -306,6 +312,7 @@ def test_nothing_is_done(folders, capsys, monkeypatch, more, text):
     assert captured.err.startswith("error: ")
     assert captured.err.count("\n") == 1
     assert not list((folders / "out").glob("*"))
+    assert not Path("s.json").exists()
 
 
 def test_two_files_of_one_case(folders, capsys):
@@ -322,6 +329,36 @@ def test_which_channel_is_pet(folders, capsys):
     (folders / "imagesTr" / "case_2_0001.nii.gz").unlink()
     assert main(arguments(folders, "-img", folders / "imagesTr", "--pet-channel", 1)) == 1
     assert "has no case_2_0001.*" in capsys.readouterr().err
+
+
+def test_images_by_the_cases_own_names(folders, capsys):
+    """One that is missing is refused, and the others are scored."""
+    for case in range(3):
+        (folders / "imagesTr" / f"case_{case}_0001.nii.gz").rename(folders / "imagesTr" / f"case_{case}.nii.gz")
+    assert main(arguments(folders, "-img", folders / "imagesTr")) == 0
+    (folders / "imagesTr" / "case_0.nii.gz").unlink()
+    assert main(arguments(folders, "-img", folders / "imagesTr")) == 1
+    assert "imagesTr has no case_0.*: give the folder" in capsys.readouterr().err
+    assert {case for case, _ in cases(folders)} == {"case_1", "case_2"}
+
+
+@pytest.mark.parametrize("content", ["[]", "1", '"x"', "null"])
+def test_a_dataset_json_that_is_no_object(folders, capsys, content):
+    (folders / "dataset.json").write_text(content)
+    assert main(arguments(folders, "-l", "1", "-img", folders / "imagesTr")) == 2
+    assert "dataset.json holds no JSON object, but" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("encoding", ["latin-1", "ascii", "cp1252"])
+def test_a_terminal_that_knows_no_unicode(folders, encoding):
+    program = "import sys; from nnunet_h2a.evaluation.evaluate import main; sys.exit(main(sys.argv[1:]))"
+    finished = subprocess.run(
+        [sys.executable, "-c", program, *arguments(folders, "--convention", "all")], check=False, capture_output=True,
+        env=os.environ | {"PYTHONIOENCODING": encoding},
+    )  # fmt: skip
+    assert (finished.returncode, finished.stderr) == (0, b"")
+    assert b"mean \xb1 SD" in finished.stdout or encoding == "ascii"
+    assert len(list((folders / "out").glob("*.md"))) == 5
 
 
 def test_goes_on_where_it_was_stopped(folders, monkeypatch):
