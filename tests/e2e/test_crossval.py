@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,7 +18,7 @@ import SimpleITK as sitk
 from nnunet_h2a.evaluation.comparison import cases_of
 from tests.conftest import EXT_TRAINERS, WIDE
 
-TRAINERS = ("nnUNetTrainerFewSteps", "nnUNetTrainerISANetFewSteps")
+STOCK = "nnUNetTrainerFewSteps"
 PLANS = "nnUNetCrossPlans"
 
 
@@ -31,12 +32,18 @@ def results(space, trainer: str) -> Path:
     return space.root / "nnUNet_results" / space.dataset / f"{trainer}__{PLANS}__3d_fullres"
 
 
-def test_killed_continued_ensembled_and_compared(space, tmp_path):
+@pytest.mark.parametrize(
+    ("ours", "folds"), [("H2ASeg", ("0",)), pytest.param("ISANet", ("0", "1"), marks=pytest.mark.full)]
+)
+def test_killed_continued_ensembled_and_compared(space, tmp_path, ours, folds):
+    trainers = (STOCK, f"nnUNetTrainer{ours}FewSteps")
+    # Of an earlier network.
+    shutil.rmtree(results(space, STOCK), ignore_errors=True)
     environment = space.environment(nnUNet_extTrainer=str(EXT_TRAINERS))
-    models = ["-c", "3d_fullres", "-tr", *TRAINERS, "-p", PLANS, "-f", "0", "1"]
+    models = ["-c", "3d_fullres", "-tr", *trainers, "-p", PLANS, "-f", *folds]
     crossval = ["h2a_crossval", "-d", "711", *models, "-device", "cpu", "--npz"]
     program = [str(Path(sys.executable).parent / crossval[0]), *crossval[1:]]
-    first = results(space, TRAINERS[0]) / "fold_0"
+    first = results(space, STOCK) / "fold_0"
     with subprocess.Popen(program, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
         deadline = time.monotonic() + 300
         while not first.is_dir() and time.monotonic() < deadline:
@@ -47,8 +54,8 @@ def test_killed_continued_ensembled_and_compared(space, tmp_path):
     lock = first.parent / "h2a_crossval_fold_0.lock"
     os.killpg(json.loads(lock.read_text())["process"], signal.SIGKILL)
     printed = space.run(*crossval, nnUNet_extTrainer=str(EXT_TRAINERS)).stdout
-    for trainer in TRAINERS:
-        for fold in ("0", "1"):
+    for trainer in trainers:
+        for fold in folds:
             folder = results(space, trainer) / f"fold_{fold}"
             assert f"{folder.parent.name} fold {fold}: finished" in printed
             log = (folder.parent / f"h2a_crossval_fold_{fold}.log").read_text()
@@ -62,13 +69,14 @@ def test_killed_continued_ensembled_and_compared(space, tmp_path):
 
     # Neither command looks a trainer up; the ensemble's probabilities are the mean of both models'.
     space.run("nnUNetv2_find_best_configuration", "711", *models, "-np", "1")
-    names = [results(space, trainer).name for trainer in TRAINERS]
-    ensemble = space.root / "nnUNet_results" / space.dataset / "ensembles" / f"ensemble___{names[0]}___{names[1]}___0_1"
+    names = [results(space, trainer).name for trainer in trainers]
+    folder = f"ensemble___{names[0]}___{names[1]}___{'_'.join(folds)}"
+    ensemble = space.root / "nnUNet_results" / space.dataset / "ensembles" / folder
     cases = {path.name.removesuffix(".nii.gz") for path in ensemble.glob("*.nii.gz")}
-    validated = {path.stem for trainer in TRAINERS for path in results(space, trainer).glob("fold_*/validation/*.npz")}
+    validated = {path.stem for trainer in trainers for path in results(space, trainer).glob("fold_*/validation/*.npz")}
     assert cases == validated
     case = sorted(cases)[0]
-    (one, other) = (next(results(space, trainer).glob(f"fold_*/validation/{case}.npz")) for trainer in TRAINERS)
+    (one, other) = (next(results(space, trainer).glob(f"fold_*/validation/{case}.npz")) for trainer in trainers)
     expected = np.mean([np.load(path)["probabilities"] for path in (one, other)], axis=0).argmax(0)
     found = sitk.GetArrayFromImage(sitk.ReadImage(str(ensemble / f"{case}.nii.gz")))
     assert (found == expected).mean() > 0.999
