@@ -33,6 +33,20 @@ def positive(text: str) -> int:
     return int(text)
 
 
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """Which models of a dataset, as nnU-Net's own commands ask for them."""
+    parser.add_argument("-d", "--dataset", required=True, help="dataset number or name, planned and preprocessed")
+    parser.add_argument("-c", "--configurations", nargs="+", required=True, metavar="C", help="2d, 3d_fullres, …")
+    parser.add_argument("-tr", "--trainers", nargs="+", default=["nnUNetTrainer"], metavar="TR",
+                        help="trainers [nnUNetTrainer]")  # fmt: skip
+    parser.add_argument(
+        "-p", "--plans", nargs="+", default=["nnUNetPlans"], metavar="P",
+        help="plans: one for all trainers, or one for each [nnUNetPlans]",
+    )  # fmt: skip
+    parser.add_argument("-f", "--folds", nargs="+", default=["0", "1", "2", "3", "4"], metavar="F",
+                        help="folds, or all [0 1 2 3 4]")  # fmt: skip
+
+
 def run_command(action: Callable[[], int]) -> int:
     """Run ``action``; bad input and files that cannot be read or written become one line on stderr and exit code 2."""
     for stream in (sys.stdout, sys.stderr):

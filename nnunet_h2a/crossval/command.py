@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from nnunet_h2a.command import CommandError, dataset_folder, nnunet_folder, read_plans, run_command
+from nnunet_h2a.command import CommandError, add_model_arguments, dataset_folder, nnunet_folder, read_plans, run_command
 from nnunet_h2a.crossval.jobs import Job, check_first_stage, read_folds, with_plans, write_missing_splits
 from nnunet_h2a.crossval.run_job import BUSY, Settings, command, reason, run_job
 
@@ -30,16 +30,7 @@ def build_parser() -> argparse.ArgumentParser:
         "commands, one at a time on every GPU. Started again it goes on, also after it was killed. Exit code 1 if a "
         "job failed, 2 if nothing could be done; with --job also 75 if another run works on it.",
     )
-    parser.add_argument("-d", "--dataset", required=True, help="dataset number or name, planned and preprocessed")
-    parser.add_argument("-c", "--configurations", nargs="+", required=True, metavar="C", help="2d, 3d_fullres, …")
-    parser.add_argument("-tr", "--trainers", nargs="+", default=["nnUNetTrainer"], metavar="TR",
-                        help="trainers [%(default)s]")  # fmt: skip
-    parser.add_argument(
-        "-p", "--plans", nargs="+", default=["nnUNetPlans"], metavar="P",
-        help="plans: one for all trainers, or one for each [%(default)s]",
-    )  # fmt: skip
-    parser.add_argument("-f", "--folds", nargs="+", default=["0", "1", "2", "3", "4"], metavar="F",
-                        help="folds, or all [0 1 2 3 4]")  # fmt: skip
+    add_model_arguments(parser)
     parser.add_argument("-device", "--device", choices=("cuda", "cpu", "mps"), default="cuda", help="[%(default)s]")
     parser.add_argument(
         "--npz", action="store_true", help="keep probabilities: nnUNetv2_find_best_configuration needs them"
@@ -55,8 +46,7 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of ``h2a_crossval``."""
     given = list(sys.argv[1:] if argv is None else argv)
-    arguments = build_parser().parse_args(given)
-    return run_command(lambda: _crossval(arguments, given))
+    return run_command(lambda: _crossval(build_parser().parse_args(given), given))
 
 
 def _crossval(arguments: argparse.Namespace, given: Sequence[str]) -> int:

@@ -26,8 +26,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of ``h2a_doctor``."""
-    arguments = build_parser().parse_args(argv)
-    return run_command(lambda: _check(arguments))
+    return run_command(lambda: _check(build_parser().parse_args(argv)))
 
 
 def _check(arguments: argparse.Namespace) -> int:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from nnunet_h2a.command import (
     CommandError,
+    add_model_arguments,
     check_targets,
     dataset_folder,
     nnunet_folder,
@@ -34,14 +35,7 @@ def build_parser() -> argparse.ArgumentParser:
         "bold, second underlined, paired tests against a baseline; Markdown, CSV, LaTeX and box plots. Ensembles that "
         "nnUNetv2_find_best_configuration has made of these models are included.",
     )
-    parser.add_argument("-d", "--dataset", required=True, help="dataset number or name")
-    parser.add_argument("-c", "--configurations", nargs="+", required=True, metavar="C", help="2d, 3d_fullres, …")
-    parser.add_argument("-tr", "--trainers", nargs="+", default=["nnUNetTrainer"], metavar="TR",
-                        help="trainers [%(default)s]")  # fmt: skip
-    parser.add_argument("-p", "--plans", nargs="+", default=["nnUNetPlans"], metavar="P",
-                        help="plans: one for all trainers, or one for each [%(default)s]")  # fmt: skip
-    parser.add_argument("-f", "--folds", nargs="+", default=["0", "1", "2", "3", "4"], metavar="F",
-                        help="folds [0 1 2 3 4]")  # fmt: skip
+    add_model_arguments(parser)
     parser.add_argument(
         "--predictions", nargs="+", default=[], metavar="NAME=DIR",
         help="further predictions of the same validation cases, of any program",
@@ -58,8 +52,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of ``h2a_compare``."""
-    arguments = build_parser().parse_args(argv)
-    return run_command(lambda: _compare(arguments))
+    return run_command(lambda: _compare(build_parser().parse_args(argv)))
 
 
 @dataclass(frozen=True)

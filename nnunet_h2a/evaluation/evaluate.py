@@ -65,8 +65,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of ``h2a_evaluate``."""
-    arguments = build_parser().parse_args(argv)
-    return run_command(lambda: _evaluate(arguments))
+    return run_command(lambda: _evaluate(build_parser().parse_args(argv)))
 
 
 def _evaluate(arguments: argparse.Namespace) -> int:

@@ -48,8 +48,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of ``h2a_import_weights``."""
-    arguments = build_parser().parse_args(argv)
-    return run_command(lambda: _import(arguments))
+    return run_command(lambda: _import(build_parser().parse_args(argv)))
 
 
 def _import(arguments: argparse.Namespace) -> int:

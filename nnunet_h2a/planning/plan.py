@@ -85,8 +85,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of ``h2a_plan``."""
-    arguments = build_parser().parse_args(argv)
-    return run_command(lambda: _plan(arguments))
+    return run_command(lambda: _plan(build_parser().parse_args(argv)))
 
 
 def _plan(arguments: argparse.Namespace) -> int:

@@ -352,11 +352,12 @@ def test_a_dataset_json_that_is_no_object(folders, capsys, content):
 @pytest.mark.parametrize("encoding", ["latin-1", "ascii", "cp1252"])
 def test_a_terminal_that_knows_no_unicode(folders, encoding):
     program = "import sys; from nnunet_h2a.evaluation.evaluate import main; sys.exit(main(sys.argv[1:]))"
-    finished = subprocess.run(
-        [sys.executable, "-c", program, *arguments(folders, "--convention", "all")], check=False, capture_output=True,
-        env=os.environ | {"PYTHONIOENCODING": encoding},
-    )  # fmt: skip
-    assert (finished.returncode, finished.stderr) == (0, b"")
+    for more in (["--help"], arguments(folders, "--convention", "all")):
+        finished = subprocess.run(
+            [sys.executable, "-c", program, *more], check=False, capture_output=True,
+            env=os.environ | {"PYTHONIOENCODING": encoding},
+        )  # fmt: skip
+        assert (finished.returncode, finished.stderr) == (0, b"")
     assert b"mean \xb1 SD" in finished.stdout or encoding == "ascii"
     assert len(list((folders / "out").glob("*.md"))) == 5
 
