@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 from collections.abc import Collection, Mapping, Sequence
+from contextlib import suppress
 from typing import TYPE_CHECKING, Protocol
 
 from nnunet_h2a.command import CommandError
@@ -108,10 +109,13 @@ class DaskSlot:
         if not self._future.done():
             if self.is_there():
                 return None
-            self._future.cancel()
+            self.stop()
             return BUSY
         if self._future.status == "finished":
             return self._future.result()
+        # What a scheduler that has gone leaves behind.
+        if self._future.status in ("cancelled", "lost"):
+            return BUSY
         job_log, error = self._job.log, self._future.exception()
         with job_log.open("a", encoding="utf-8") as log:
             log.write(f"{type(error).__name__} on {self.name}: {error}\n")
@@ -119,15 +123,23 @@ class DaskSlot:
 
     def is_there(self) -> bool:
         """See :class:`Slot`."""
-        return self.name in self._client.scheduler_info(n_workers=-1)["workers"]
+        return self.name in _workers(self._client)
 
     def stop(self) -> None:
         """See :class:`Slot`: a job that a worker has begun is left to it."""
+        from distributed.client import ClosedClientError
+
         if self._future is not None:
-            self._future.cancel()
+            with suppress(OSError, ClosedClientError):
+                self._future.cancel()
 
     def join(self) -> None:
         """See :class:`Slot`."""
+
+
+def _workers(client: Client) -> list[str]:
+    """Addresses of the workers there are; none where the scheduler has gone."""
+    return sorted(client.scheduler_info(n_workers=-1).get("workers", ()))
 
 
 class LocalPlaces:
@@ -183,5 +195,7 @@ class DaskPlaces:
 
     def newcomers(self, known: Collection[str]) -> list[Slot]:
         """See :class:`Places`."""
-        workers = sorted(self._client.scheduler_info(n_workers=-1)["workers"])
-        return [DaskSlot(self._client, name, self._settings, self._passed) for name in workers if name not in known]
+        return [
+            DaskSlot(self._client, name, self._settings, self._passed)
+            for name in _workers(self._client) if name not in known
+        ]  # fmt: skip
