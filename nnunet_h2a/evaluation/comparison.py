@@ -200,7 +200,7 @@ class Disagreement:
     """A case in which models differ.
 
     Attributes:
-        case, label: which.
+        case, label: which; the label by its name.
         spread: standard deviation of the models' Dice.
         dice: of each model.
     """
@@ -219,5 +219,6 @@ def disagreements(summaries: Mapping[str, Mapping[str, Any]], most: int = 10) ->
         dice = {model: rows[case, label]["dice"] for model, rows in values.items()}
         defined = [value for value in dice.values() if value is not None]
         if len(defined) > 1 and np.std(defined) > 0:
-            found.append(Disagreement(case, label, float(np.std(defined)), dice))
+            name = next(iter(values.values()))[case, label].get("label_name", label)
+            found.append(Disagreement(case, name, float(np.std(defined)), dice))
     return sorted(found, key=lambda item: (-item.spread, item.case, item.label))[:most]

@@ -186,7 +186,7 @@ def test_files(arguments, tmp_path, capsys):
     assert text.count("<u>") > 3
     assert "differs from nnUNetTrainer__nnUNetPlans__3d_fullres" in text
     # In the third case all predictions are equal.
-    assert [case for case in CASES if f"| {case} | 1 | " in text] == ["case_0", "case_1", "case_3"]
+    assert [case for case in CASES if f"| {case} | tumor | " in text] == ["case_0", "case_1", "case_3"]
     rows = list(csv.DictReader((tmp_path / "table" / "comparison.csv").open()))
     (row,) = [row for row in rows if row["model"] == ours and row["metric"] == "dice"]
     assert (row["value"], row["n"], row["rank"]) == ("1.0", "4", "1")
