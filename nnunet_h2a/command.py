@@ -16,6 +16,8 @@ from typing import Any
 NOTHING_DONE = 2
 #: Exit code of a command that Ctrl-C has ended.
 INTERRUPTED = 130
+#: Exit code of a command whose output nobody reads any more.
+CLOSED_PIPE = 141
 
 
 class CommandError(Exception):
@@ -54,9 +56,16 @@ def run_command(action: Callable[[], int]) -> int:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
     try:
-        return action()
+        code = action()
+        # Here, where a closed pipe is no traceback.
+        sys.stdout.flush()
+        return code
     except CommandError as error:
         print(f"error: {error}", file=sys.stderr)
+    except BrokenPipeError:
+        # Who reads our output has seen enough, as head does; what is still buffered must go somewhere.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return CLOSED_PIPE
     except OSError as error:
         print(f"error: {error.filename or 'a file'}: {error.strerror or error}", file=sys.stderr)
     except KeyboardInterrupt:

@@ -13,7 +13,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from nnunet_h2a.command import CommandError, add_model_arguments, dataset_folder, nnunet_folder, read_plans, run_command
+from nnunet_h2a.command import (
+    CommandError,
+    add_model_arguments,
+    check_targets,
+    dataset_folder,
+    nnunet_folder,
+    read_plans,
+    run_command,
+    write_whole,
+)
 from nnunet_h2a.crossval.jobs import Job, check_first_stage, read_folds, with_plans, write_missing_splits
 from nnunet_h2a.crossval.run_job import BUSY, Settings, command, reason, run_job
 
@@ -162,6 +171,13 @@ def _ask(preprocessed: Path, models: Sequence[tuple[str, str, str]]) -> dict[str
     return json.loads(finished.stdout.splitlines()[-1])
 
 
+def _everywhere(name: str, value: str) -> str:
+    """An environment variable's value for another working directory: folders by their whole paths."""
+    if name not in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results", "nnUNet_extTrainer"):
+        return value
+    return os.pathsep.join(str(Path(part).absolute()) if part else part for part in value.split(os.pathsep))
+
+
 def _write_slurm(path: Path, jobs: Sequence[Job], given: Sequence[str], device: str) -> int:
     """Write the array script: task N runs job N; what is finished by then ends at once."""
     models = {job.model for job in jobs}
@@ -185,12 +201,13 @@ def _write_slurm(path: Path, jobs: Sequence[Job], given: Sequence[str], device: 
         "#SBATCH --output=h2a_crossval_%A_%a.out",
         "set -u",
         *(
-            f"export {name}={shlex.quote(value)}"
+            f"export {name}={shlex.quote(_everywhere(name, value))}"
             for name, value in sorted(os.environ.items()) if name.startswith("nnUNet")
         ),
         f'exec {shlex.join([command("h2a_crossval"), *kept])} --job "$SLURM_ARRAY_TASK_ID"',
     ]  # fmt: skip
-    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    check_targets([path])
+    write_whole({path: "\n".join(lines) + "\n"})
     path.chmod(0o755)
-    print(f"written: {path}, {len(jobs)} tasks; type: sbatch {shlex.quote(str(path))}")
+    print(f"written: {path}, tasks 0 to {len(jobs) - 1}; type: sbatch {shlex.quote(str(path))}")
     return 0

@@ -43,7 +43,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--convention", default="autopet", metavar="NAME", help="as in h2a_evaluate [%(default)s]")
     parser.add_argument("--baseline", metavar="NAME", help="row to test against, or its trainer [the first trainer's]")
     parser.add_argument(
-        "--metrics", nargs="+", metavar="M", help="columns: dice, hd95, … [all]",
+        "--metrics", nargs="+", metavar="M", help="columns: dice, hd95, …, aggregated_dice, hd95_median [all]",
     )  # fmt: skip
     parser.add_argument("-o", "--output", type=Path, default=Path("h2a_compare"), help="folder [%(default)s]")
     parser.add_argument("-np", "--processes", type=positive, default=2, metavar="N", help="processes [%(default)s]")
@@ -70,7 +70,7 @@ class _Model:
 
 
 def _compare(arguments: argparse.Namespace) -> int:
-    from nnunet_h2a.evaluation.comparison import compare, disagreements
+    from nnunet_h2a.evaluation.comparison import compare, disagreements, set_metrics
     from nnunet_h2a.evaluation.comparison_tables import box_plots, latex, long_csv, markdown
     from nnunet_h2a.evaluation.conventions import COUNTS, by_name
     from nnunet_h2a.evaluation.masks import labels_of_dataset
@@ -87,10 +87,13 @@ def _compare(arguments: argparse.Namespace) -> int:
     if len(models) < 2:
         raise CommandError(f"there is one model only, {models[0].name}: name another trainer with -tr")
     baseline = _baseline(arguments.baseline, models)
-    known = [key for key in convention.row(Measures(1, 0, 0, 1, 1.0)) if key not in COUNTS]
-    metrics = arguments.metrics or known
-    if unknown := [metric for metric in metrics if metric not in known]:
-        raise CommandError(f"--metrics {' '.join(unknown)}: choose of {', '.join(known)}")
+    of_cases = [key for key in convention.row(Measures(1, 0, 0, 1, 1.0)) if key not in COUNTS]
+    of_the_set = {name.replace(" ", "_"): name for name in set_metrics(convention)}
+    wanted = arguments.metrics or [*of_cases, *of_the_set]
+    if unknown := [name for name in wanted if name not in of_cases and name not in of_the_set]:
+        raise CommandError(f"--metrics {' '.join(unknown)}: choose of {', '.join([*of_cases, *of_the_set])}")
+    metrics = [name for name in dict.fromkeys(wanted) if name in of_cases]
+    reported = [of_the_set[name] for name in dict.fromkeys(wanted) if name in of_the_set]
     dataset_json = read_json(preprocessed / "dataset.json", "nnU-Net's planning", ["labels", "file_ending"])
     # All at once, so that a missing prediction is said before hours of measuring.
     pairs = {model: _pairs(model, preprocessed / "gt_segmentations", dataset_json["file_ending"]) for model in models}
@@ -100,13 +103,16 @@ def _compare(arguments: argparse.Namespace) -> int:
         model.name: _summary(model, pairs[model], labels, preprocessed, convention, arguments.processes)
         for model in models
     }
-    table = compare(summaries, baseline, metrics)
+    table = compare(summaries, baseline, metrics, reported)
     text = markdown(table, convention, baseline, disagreements(summaries))
     contents = {"md": text, "csv": long_csv(table), "tex": latex(table, convention, baseline)}
     write_whole({arguments.output / f"comparison.{ending}": content for ending, content in contents.items()})
-    box_plots(arguments.output / "comparison.png", summaries, metrics, convention)
+    plotted = arguments.output / "comparison.png"
+    plotted.unlink(missing_ok=True)
+    if metrics:
+        box_plots(plotted, summaries, table, metrics, convention)
     print(text)
-    print(f"written: {arguments.output}/comparison.md, .csv, .tex and .png")
+    print(f"written: {arguments.output}/comparison.md, .csv, .tex{' and .png' * bool(metrics)}")
     return 0
 
 
@@ -198,6 +204,11 @@ def _pairs(model: _Model, references: Path, ending: str) -> list[tuple[Path, lis
 
     found = []
     for folder, cases in model.folders:
+        if model.is_ours and not folder.parents[1].is_dir():
+            there = sorted(path.name for path in folder.parents[2].glob("*__*__*") if path.is_dir())
+            raise CommandError(
+                f"there is no model {model.name} in {folder.parents[2]}; there is {', '.join(there) or 'none'}"
+            )
         missing = [case for case in cases if not (folder / f"{case}{ending}").is_file()]
         if missing:
             raise CommandError(

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from scipy.stats import PermutationMethod, wilcoxon
 
-from nnunet_h2a.evaluation.conventions import CONVENTIONS
+from nnunet_h2a.evaluation.conventions import CONVENTIONS, Convention
 
 #: Metrics of which less is better; of ``rvd`` what is nearer to 0; of all others more.
 SMALLER = frozenset({"hd95", "hd", "assd", "voe", "fp_volume_ml", "fn_volume_ml", "fpr", "fnr"})
@@ -31,6 +31,7 @@ class Cell:
         pairs: cases in which both models have the metric.
         rank: 1 for the best mean, 2 for the second; models with equal means share a rank.
         complete: whether no other model has the metric in a case where this one has not.
+        of_the_set: whether it is one number of all cases together, and no mean.
     """
 
     mean: float | None
@@ -43,6 +44,7 @@ class Cell:
     pairs: int = 0
     rank: int | None = None
     complete: bool = True
+    of_the_set: bool = False
 
 
 #: Cells by model and column.
@@ -117,13 +119,19 @@ def _merit(name: str, mean: float) -> float:
     return -rounded if metric in SMALLER else rounded
 
 
-def compare(summaries: Mapping[str, Mapping[str, Any]], baseline: str, metrics: Sequence[str]) -> Table:
+def compare(
+    summaries: Mapping[str, Mapping[str, Any]],
+    baseline: str,
+    metrics: Sequence[str],
+    reported: Sequence[str] | None = None,
+) -> Table:
     """Cells of the table.
 
     Args:
         summaries: evaluation file of each model; all of the same cases and labels.
         baseline: the model that the others are tested against.
-        metrics: of cases, to compare; what a convention says of the whole set is added.
+        metrics: of cases, to compare.
+        reported: what the convention says of the whole set, of :func:`set_metrics`; None: all of it.
 
     Returns:
         For each model the cell of each column.
@@ -147,8 +155,8 @@ def compare(summaries: Mapping[str, Mapping[str, Any]], baseline: str, metrics: 
             )  # fmt: skip
     for model, summary in summaries.items():
         number = len({entry["case"] for entry in summary["cases"]})
-        for name, (value, interval) in of_the_set(summary).items():
-            table[model][name] = Cell(value, None, None, number, interval)
+        for name, (value, interval) in of_the_set(summary, reported).items():
+            table[model][name] = Cell(value, None, None, number, interval, of_the_set=True)
     return ranked(table)
 
 
@@ -171,10 +179,25 @@ def ranked(table: Table) -> Table:
     return result
 
 
-def of_the_set(summary: Mapping[str, Any]) -> dict[str, tuple[float | None, list[float] | None]]:
-    """What a convention says of all cases together, and its interval: pooled and aggregated ratios, medians."""
+def set_metrics(convention: Convention) -> list[str]:
+    """What a convention says of all cases together: pooled and aggregated ratios, medians."""
+    return [
+        name for name in convention.reported
+        if name.startswith(("pooled ", "aggregated ")) or name.endswith(" median")
+    ]  # fmt: skip
+
+
+def of_the_set(
+    summary: Mapping[str, Any], wanted: Sequence[str] | None = None
+) -> dict[str, tuple[float | None, list[float] | None]]:
+    """What a convention says of all cases together, and its interval.
+
+    Args:
+        summary: evaluation file.
+        wanted: of :func:`set_metrics`; None: all.
+    """
     found: dict[str, tuple[float | None, list[float] | None]] = {}
-    for reported in CONVENTIONS[summary["convention"]].reported:
+    for reported in set_metrics(CONVENTIONS[summary["convention"]]) if wanted is None else wanted:
         kind, _, metric = reported.rpartition(" ")
         if kind == "aggregated":
             ratio = f"aggregated_{metric}"
@@ -184,7 +207,7 @@ def of_the_set(summary: Mapping[str, Any]) -> dict[str, tuple[float | None, list
                 found[f"{reported}, mean"] = summary[f"{ratio}_mean"], None
         elif kind == "pooled":
             found[reported] = summary["pooled"][metric], summary["pooled_ci95"][metric]
-        elif metric == "median":
+        else:
             found[reported] = math.inf if kind in summary["infinite_median"] else summary["median"][kind], None
     return found
 

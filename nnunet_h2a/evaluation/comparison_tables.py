@@ -38,7 +38,7 @@ def _heading(name: str, convention: Convention) -> str:
 def _cell(cell: Cell, bold: str, underline: str, plus_minus: str, star: str) -> str:
     if cell.mean is None:
         return "–"
-    spread = "" if cell.median is None else f"{plus_minus}{'–' if cell.std is None else f'{cell.std:.3g}'}"
+    spread = "" if cell.of_the_set else f"{plus_minus}{'–' if cell.std is None else f'{cell.std:.3g}'}"
     number = "∞" if math.isinf(cell.mean) else f"{cell.mean:.4g}"
     text = {1: bold, 2: underline}.get(cell.rank, "{}").replace("{}", number + spread)
     text += star if cell.p_holm is not None and cell.p_holm < SIGNIFICANT else ""
@@ -61,7 +61,8 @@ def markdown(table: Table, convention: Convention, baseline: str, disputed: Sequ
         f"# Comparison by {convention.name}", "",
         f"Mean ± SD over cases, scored as by {convention.source}. Best **bold**, second <u>underlined</u>; * differs "
         f"from {baseline} (paired Wilcoxon signed-rank test, p < {SIGNIFICANT} after Holm's correction over the "
-        "models). A mean that lacks cases which another model's has is given with their number and has no rank. "
+        "models). A mean that lacks cases which another model's has is given with the number of its "
+        f"values ({'images' if convention.images is not None else 'a case has one for each label'}) and has no rank. "
         f"{convention.remark}".rstrip(), "",
         *markdown_head(["model", *names.values()]),
     ]  # fmt: skip
@@ -126,9 +127,16 @@ def long_csv(table: Table) -> str:
 
 
 def box_plots(
-    path: Path, summaries: Mapping[str, Mapping[str, Any]], metrics: Sequence[str], convention: Convention
+    path: Path,
+    summaries: Mapping[str, Mapping[str, Any]],
+    table: Table,
+    metrics: Sequence[str],
+    convention: Convention,
 ) -> None:
-    """A box per model and metric over the cases that have it, whiskers of 1.5 times its height; a point per case."""
+    """A box per model and metric over the cases that have it, whiskers of 1.5 times its height.
+
+    There is a point for each case and label; where a model lacks cases that another has, their number stands beside.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
@@ -155,6 +163,10 @@ def box_plots(
             # Beside each other in a fixed order, so that the same numbers make the same picture.
             spread = [place + 0.2 * ((k * 0.618) % 1 - 0.5) for k in range(len(numbers))]
             axis.plot(numbers, spread, ".", color="0.4", markersize=3, alpha=0.6)
+            cell = list(table.values())[place - 1][metric]
+            if not cell.complete:
+                axis.text(0.99, place - 0.32, f"{len(numbers)} values", transform=axis.get_yaxis_transform(),
+                          ha="right", va="bottom", fontsize="xx-small", color="C3")  # fmt: skip
         axis.set_title(metric_name(metric, convention), fontsize="small")
         axis.tick_params(labelsize="x-small")
         axis.set_yticks(range(1, len(names) + 1), names)

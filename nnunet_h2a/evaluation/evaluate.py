@@ -160,6 +160,11 @@ def _labels(arguments: argparse.Namespace, dataset_json: tuple[dict[str, Any], P
     described = labels_of_dataset(*dataset_json) if dataset_json is not None else None
     if arguments.labels is None:
         return described
+    if described is not None and (unknown := sorted(set(arguments.labels) - described.known)):
+        raise CommandError(
+            f"-l {' '.join(map(str, unknown))}: {dataset_json[1]} has the labels "
+            f"{', '.join(map(str, sorted(described.known - {0})))}"
+        )
     names = {integers: name for name, integers in described.named.items()} if described else {}
     named = {names.get((n,), str(n)): (n,) for n in dict.fromkeys(arguments.labels)}
     return Labels(named, described.ignored if described else None)

@@ -29,19 +29,25 @@ Found = dict[str, Any]
 
 
 def fingerprint(pair: Pair, job: Job) -> str:
-    """Changes with the files of a case, and with how it is measured."""
+    """Changes with the files of a case, and with how it is measured, but not with how much of it."""
     files = [
         (str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns)
         for path in (pair.reference, pair.predicted, pair.pet)
         if path is not None
     ]
     fields = sorted(field.name for field in dataclasses.fields(Measures))
-    how = (MEASURES_VERSION, fields, job.labels, job.wanted, job.resample)
+    how = (MEASURES_VERSION, fields, job.labels, job.resample)
     return hashlib.sha256(repr((files, how)).encode()).hexdigest()
 
 
-def _finished(progress: Path) -> dict[str, Found]:
-    """Cases of an earlier run by fingerprint; a line that was cut off is not among them.
+#: How a line of kept measures begins.
+_LINE = '{"fingerprint"'
+
+
+def _finished(progress: Path, job: Job) -> dict[str, Found]:
+    """Cases of an earlier run by fingerprint, of which as much was measured as is wanted now.
+
+    A line that was cut off is not among them.
 
     Raises:
         CommandError: where the file is not one of ours.
@@ -49,15 +55,15 @@ def _finished(progress: Path) -> dict[str, Found]:
     found: dict[str, Found] = {}
     if not progress.is_file():
         return found
-    lines = progress.read_text(encoding="utf-8", errors="replace").splitlines()
-    for line in lines:
+    for line in progress.read_text(encoding="utf-8", errors="replace").splitlines():
+        if not line.startswith(_LINE[: len(line)]):
+            raise CommandError(f"{progress} holds something else than measures: name another file, or remove it")
         try:
             entry = json.loads(line)
-            found[entry["fingerprint"]] = entry["found"]
+            if set(job.wanted) <= set(entry["wanted"]):
+                found[entry["fingerprint"]] = entry["found"]
         except (ValueError, KeyError, TypeError):
             continue
-    if len(lines) > 2 and not found:
-        raise CommandError(f"{progress} holds something else than measures: name another file, or remove it")
     return found
 
 
@@ -92,7 +98,7 @@ def measure_all(
     Raises:
         CommandError: where a process was ended from outside.
     """
-    earlier = _finished(progress) if progress is not None else {}
+    earlier = _finished(progress, job) if progress is not None else {}
     marks = {pair.case: fingerprint(pair, job) for pair in pairs}
     done = {case: earlier[mark] for case, mark in marks.items() if mark in earlier}
     todo = [pair for pair in pairs if pair.case not in done]
@@ -104,7 +110,7 @@ def measure_all(
                 refuse(pair.case, outcome)
             else:
                 done[pair.case] = outcome
-                keep(json.dumps({"fingerprint": marks[pair.case], "found": outcome}))
+                keep(json.dumps({"fingerprint": marks[pair.case], "wanted": job.wanted, "found": outcome}))
     return {pair.case: done[pair.case] for pair in pairs if pair.case in done}
 
 

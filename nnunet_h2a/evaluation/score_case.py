@@ -114,9 +114,8 @@ def _on_grid(grid: Grid, path: Any, job: Job, resampled: list[str], is_mask: boo
     if difference is None:
         return image
     if not job.resample:
-        raise CaseError(
-            f"{path} and the reference differ in {difference}: predict on the reference's grid, or --resample"
-        )
+        cure = "predict on the reference's grid" if is_mask else "give the image that belongs to the labels"
+        raise CaseError(f"{path} and the reference differ in {difference}: {cure}, or --resample")
     moved = on_grid_of(grid, image, is_mask)
     resampled.append(f"{path.name}: {difference}{_lost(image, moved, path) if is_mask else ''}")
     return moved

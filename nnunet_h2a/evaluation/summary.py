@@ -98,7 +98,9 @@ def _statistics(
         if metric == "hd95" and convention.infinite is not None:
             infinite = sum(convention.infinite(item.measures) for item in scored)
         found["mean"][metric] = float(np.mean(values)) if values else None
-        found["std"][metric] = float(np.std(values, ddof=1)) if len(values) > 1 else None
+        # Equal values have no spread; their mean's rounding would give them one.
+        spread = float(np.std(values, ddof=1)) if len(set(values)) > 1 else 0.0
+        found["std"][metric] = spread if len(values) > 1 else None
         found["median"][metric] = median_with_infinity(values, infinite)
         found["ci95"][metric] = bootstrap.interval(*resampled[metric])
         found["n"][metric] = len(values)

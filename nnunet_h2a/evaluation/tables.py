@@ -110,8 +110,9 @@ def markdown_head(cells: Sequence[str]) -> list[str]:
 
 def markdown(summary: Mapping[str, Any], convention: Convention) -> str:
     """What the convention reports, then every metric by label, as Markdown."""
+    number = len({entry["case"] for entry in summary["cases"]})
     lines = [
-        f"# {convention.name}: {len({c['case'] for c in summary['cases']})} cases",
+        f"# {convention.name}: {number} case{'s' * (number != 1)}",
         "",
         f"Scored as by {convention.source}.",
     ]

@@ -114,6 +114,8 @@ def test_an_infinite_median_is_the_worst():
     lost["median"]["hd95"], lost["infinite_median"] = None, ["hd95"]
     table = compare({"lost": lost, "found": found}, "found", ["dice"])
     assert [table[model]["hd95 median"].rank for model in ("lost", "found")] == [2, 1]
+    text = markdown(table, CONVENTIONS["hecktor"], "found", [])
+    assert "| lost | **1 ± 0** |" in text
     assert "<u>∞</u>" in markdown(table, CONVENTIONS["hecktor"], "found", [])
     assert r"\underline{$\infty$}" in latex(table, CONVENTIONS["hecktor"], "found")
 
@@ -239,7 +241,7 @@ def test_ensembles_and_other_programs(arguments, tmp_path, capsys):
     ("more", "text"),
     [
         (["-tr", "nnUNetTrainer"], "there is one model only"),
-        (["-tr", "nnUNetTrainer", "Missing"], "Missing__nnUNetPlans__3d_fullres has not predicted 2 of 2"),
+        (["-tr", "nnUNetTrainer", "Missing"], "there is no model Missing__nnUNetPlans__3d_fullres in"),
         (["--baseline", "x"], "--baseline x: name one of nnUNetTrainer__"),
         (["--metrics", "dice", "x"], "--metrics x: choose of dice, iou"),
         (["--convention", "all"], "one at a time"),
@@ -283,6 +285,30 @@ def test_an_ensemble_of_earlier_predictions_is_left_out(arguments, tmp_path, cap
     printed = capsys.readouterr()
     assert f"left out: ensemble of {names[0]} and {names[1]} is older than its members' predictions" in printed.err
     assert "ensemble of" not in printed.out
+
+
+def test_a_spread_stands_beside_an_infinite_median():
+    """A model that has found nothing in most cases still has a mean and a spread over the others."""
+    found, lost = (summary([1, 1], [1, 3]) | {"convention": "hecktor"} for _ in range(2))
+    lost["median"]["hd95"], lost["infinite_median"] = None, ["hd95"]
+    table = compare({"lost": lost, "found": found}, "found", ["hd95"], [])
+    assert list(table["lost"]) == ["hd95"]
+    assert "| lost | **2 ± 1** |" in markdown(table, CONVENTIONS["hecktor"], "found", [])
+
+
+@pytest.mark.parametrize(
+    ("metrics", "columns"),
+    [
+        (["dice", "hd95_median"], ["dice", "hd95 median"]),
+        (["aggregated_f1"], ["aggregated f1 of tumor"]),
+    ],
+)
+def test_columns_that_are_asked_for(arguments, tmp_path, metrics, columns):
+    assert main([*arguments, "--convention", "hecktor", "--metrics", *metrics]) == 0
+    rows = list(csv.DictReader((tmp_path / "table" / "comparison.csv").open()))
+    assert list(dict.fromkeys(row["metric"] for row in rows)) == columns
+    # What is of the whole set has no distribution to draw.
+    assert (tmp_path / "table" / "comparison.png").exists() == ("dice" in metrics)
 
 
 def test_an_output_that_cannot_be_written_is_said_before_measuring(arguments, tmp_path, capsys, monkeypatch):

@@ -475,6 +475,19 @@ def test_a_trainer_that_nnunet_does_not_find(dataset, tmp_path, capsys):
     assert "nnU-Net finds no trainer Nope: see  h2a_doctor -tr NAME" in capsys.readouterr().err
 
 
+def test_slurm_script_with_relative_folders(dataset, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"):
+        monkeypatch.setenv(name, name)
+    monkeypatch.setenv("nnUNet_def_n_proc", "4")
+    script = tmp_path / "new folder" / "jobs.sh"
+    assert main(["-d", "801", "-c", "3d_fullres", "-f", "0", "-device", "cpu", "--slurm", str(script)]) == 0
+    text = script.read_text()
+    assert f"export nnUNet_results={tmp_path / 'nnUNet_results'}\n" in text
+    assert "export nnUNet_def_n_proc=4\n" in text
+    assert os.access(script, os.X_OK)
+
+
 def test_slurm_script_runs_each_job(predicted, dataset, tmp_path):
     predicted("nnUNetTrainer", 0)
     script = tmp_path / "folder with blanks" / "jobs.sh"

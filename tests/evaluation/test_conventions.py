@@ -124,6 +124,11 @@ def test_means_leave_out_what_is_not_defined():
     assert [c["case"] for c in found["cases"]] == sorted(CASES)
 
 
+def test_equal_values_have_no_spread():
+    found = summary("autopet", dict.fromkeys("abcdefg", CASES["both"]))
+    assert found["std"]["dice"] == found["std"]["iou"] == 0
+
+
 def test_pooled_and_aggregated():
     found = summary("cipa")
     tp, fp, fn, voxels = 12, 20 + 32, 20 + 32, 4 * np.prod(SHAPE)

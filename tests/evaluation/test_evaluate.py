@@ -291,6 +291,7 @@ def test_two_dimensions(folders):
         (["-djfile", "none.json"], "no label beside the background"),
         (["-djfile", "latin.json"], "is not JSON"),
         (["-djfile", "twice.json"], "two names for the same label"),
+        (["-l", "1", "7"], "-l 7: "),
         (["-o", "folder.json"], "folder.json is a folder"),
         (["-o", "list.json/s.json"], "list.json/s.json cannot be written"),
         (["-o", "s.json", "--cache", "folder.json"], "folder.json is a folder"),
@@ -397,11 +398,43 @@ def test_kept_measures_are_of_this_version_and_this_file_only(folders, capsys, m
     assert main(arguments(folders, "--cache", cache)) == 0
     assert result(folders) == before
     mine = folders / "mine.txt"
-    mine.write_text("1\n2\n3\n")
-    capsys.readouterr()
-    assert main(arguments(folders, "--cache", mine)) == 2
-    assert "holds something else than measures" in capsys.readouterr().err
-    assert mine.read_text() == "1\n2\n3\n"
+    for text in ("1\n2\n3\n", '{"channel_names": 1}', '{\n  "channel_names": 1\n}\n'):
+        mine.write_text(text)
+        capsys.readouterr()
+        assert main(arguments(folders, "--cache", mine)) == 2
+        assert "holds something else than measures" in capsys.readouterr().err
+        assert mine.read_text() == text
+
+
+def test_kept_measures_of_all_conventions_serve_each(folders, monkeypatch):
+    cache = folders / "cache"
+    assert main(arguments(folders, "--cache", cache, "--convention", "isanet")) == 0
+    few = cache.read_text()
+    assert main(arguments(folders, "--cache", cache, "--convention", "all")) == 0
+    # More was wanted than there was.
+    assert len(cache.read_text()) > 2 * len(few)
+    monkeypatch.setattr(run_cases, "score_case", None)
+    for name in ("hecktor", "cipa", "autopet"):
+        kept = json.loads((folders / "out" / f"s_{name}.json").read_text())
+        assert main(arguments(folders, "--cache", cache, "--convention", name)) == 0
+        assert result(folders) == kept
+
+
+def test_nobody_reads_to_the_end(folders):
+    """``| head``: the files are whole, and there is no word of an error."""
+    program = "import sys; from nnunet_h2a.evaluation.evaluate import main; sys.exit(main(sys.argv[1:]))"
+    command = [sys.executable, "-c", program, *arguments(folders, "--convention", "all")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        process.stdout.close()
+        assert process.stderr.read() == b""
+        assert process.wait() == 141
+    assert len(list((folders / "out").glob("*"))) == 15
+
+
+def test_an_image_on_another_grid(folders, capsys):
+    write(folders / "imagesTr" / "case_0_0001.nii.gz", np.ones((6, 16, 20), np.float32), origin=(9.0, 0.0, 0.0))
+    assert main(arguments(folders, "-img", folders / "imagesTr")) == 1
+    assert "give the image that belongs to the labels, or --resample" in capsys.readouterr().err
 
 
 def test_no_half_results(folders, capsys):
