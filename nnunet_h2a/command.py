@@ -58,7 +58,8 @@ def run_command(action: Callable[[], int]) -> int:
     try:
         code = action()
         # Here, where a closed pipe is no traceback.
-        sys.stdout.flush()
+        if sys.stdout is not None:
+            sys.stdout.flush()
         return code
     except CommandError as error:
         print(f"error: {error}", file=sys.stderr)

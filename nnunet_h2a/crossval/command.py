@@ -23,7 +23,7 @@ from nnunet_h2a.command import (
     run_command,
     write_whole,
 )
-from nnunet_h2a.crossval.jobs import Job, check_first_stage, read_folds, with_plans, write_missing_splits
+from nnunet_h2a.crossval.jobs import Job, check_first_stages, read_folds, with_plans, write_missing_splits
 from nnunet_h2a.crossval.run_job import BUSY, Settings, command, reason, run_job
 
 SOME_FAILED = 1
@@ -65,6 +65,9 @@ def _crossval(arguments: argparse.Namespace, given: Sequence[str]) -> int:
     if not isinstance(dataset_json.get("file_ending"), str):
         raise CommandError(f"{preprocessed / 'dataset.json'} has no file_ending: copy the raw dataset's here")
     settings = Settings(arguments.device, arguments.npz, dataset_json["file_ending"])
+    # A script for a cascade's second stage may be written before its first has run.
+    if arguments.slurm is None:
+        check_first_stages(jobs, settings.file_ending, settings.probabilities)
     if arguments.job is not None:
         if not 0 <= arguments.job < len(jobs):
             raise CommandError(f"--job {arguments.job}: there are the jobs 0 to {len(jobs) - 1}")
@@ -132,12 +135,6 @@ def _jobs(arguments: argparse.Namespace, preprocessed: Path, results: Path) -> t
             after = f"{trainer}__{name}__{previous}" if previous is not None else None
             models.append((configuration, trainer, name, after))
     folds = read_folds(preprocessed, arguments.folds)
-    for configuration, trainer, name, after in models:
-        # A script for the second stage may be written before its first has run.
-        if after is not None and arguments.slurm is None:
-            is_asked_for = (after.rpartition("__")[2], trainer, name) in [model[:3] for model in models]
-            predicted = results / preprocessed.name / after / "predicted_next_stage" / configuration
-            check_first_stage(preprocessed, folds, predicted, is_asked_for)
     jobs = [
         Job(preprocessed.name, configuration, trainer, name, fold, preprocessed, results, cases, after)
         for fold, cases in folds.items()

@@ -6,8 +6,9 @@ import json
 import re
 import statistics
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from glob import escape
 from pathlib import Path
 
 from nnunet_h2a.command import CommandError, write_whole
@@ -18,7 +19,6 @@ SCORES = "h2a_scores"
 #: What was measured for them, which h2a_compare uses again; below a folder of predictions.
 MEASURES = f"{SCORES}/measures.jsonl"
 _DEFAULT_FOLDS = 5
-_SCORED = f"measures of version {MEASURES_VERSION}\n"
 WAITING, TRAINING, VALIDATING, SCORING, FINISHED, FAILED = (
     "waiting", "training", "validating", "scoring", "finished", "failed",
 )  # fmt: skip
@@ -110,16 +110,19 @@ class Job:
         return all((self.validation / f"{case}{ending}").is_file() for case in self.cases for ending in endings)
 
     def is_scored(self) -> bool:
-        """Whether our scores are there, of this version, and not older than the predictions and the true labels."""
-        if not self.scored.is_file() or self.scored.read_text(encoding="utf-8") != _SCORED:
-            return False
-        files = [self.summary, *(self.preprocessed / "gt_segmentations").glob("*")]
-        newest = max((path.stat().st_mtime for path in files if path.is_file()), default=0.0)
-        return self.summary.is_file() and self.scored.stat().st_mtime >= newest
+        """Whether our scores are there, of this version, of this validation and of these true labels."""
+        return self.scored.is_file() and self.scored.read_text(encoding="utf-8") == self._what_is_scored()
 
     def note_scored(self) -> None:
         """To be called when every convention's scores are written."""
-        self.scored.write_text(_SCORED, encoding="utf-8")
+        self.scored.write_text(self._what_is_scored(), encoding="utf-8")
+
+    def _what_is_scored(self) -> str:
+        labels = self.preprocessed / "gt_segmentations"
+        files = [self.summary, *(path for case in self.cases for path in sorted(labels.glob(f"{escape(case)}.*")))]
+        # Equal times and not later ones: labels may come from a clock that is ahead.
+        stamps = [f"{path.name} {path.stat().st_size} {path.stat().st_mtime_ns}" for path in files if path.is_file()]
+        return "\n".join([f"measures of version {MEASURES_VERSION}", *stamps, ""])
 
 
 def is_whole(checkpoint: Path) -> bool:
@@ -220,37 +223,38 @@ def _all_cases(preprocessed: Path) -> tuple[str, ...]:
     return tuple(sorted({path.stem for path in preprocessed.glob("*/*.pkl")}))
 
 
-def check_first_stage(
-    preprocessed: Path, folds: Mapping[str, tuple[str, ...]], predicted: Path, is_asked_for: bool
-) -> None:
+def check_first_stages(jobs: Sequence[Job], file_ending: str, probabilities: bool) -> None:
     """A cascade's second stage needs its first stage's prediction of every case that it trains and validates on.
 
     The first stage predicts a case where that is validated: training one fold of the second stage takes all folds of
     the first.
 
     Args:
-        preprocessed: the dataset's folder below ``$nnUNet_preprocessed``.
-        folds: validation cases of the folds to be trained.
-        predicted: where the first stage's predictions for the second are.
-        is_asked_for: whether the same folds of the first stage are trained before.
+        jobs: all that will run.
+        file_ending: of the dataset.
+        probabilities: whether they are kept.
 
     Raises:
         CommandError: where a prediction would be missing.
     """
-    needed = set(_all_cases(preprocessed))
-    if "all" not in folds:
-        splits = json.loads((preprocessed / "splits_final.json").read_text(encoding="utf-8"))
-        needed = {str(case) for fold in folds for part in ("train", "val") for case in splits[int(fold)].get(part, [])}
-    coming = {case for cases in folds.values() for case in cases} if is_asked_for else set()
-    # Arrays of NumPy or Blosc, as nnU-Net's version has it.
-    there = {path.stem for path in predicted.glob("*") if path.suffix in (".npz", ".b2nd")}
-    if missing := sorted(needed - coming - there):
-        first = predicted.parents[1].name
-        raise CommandError(
-            f"{predicted.name}: of {len(needed)} cases {len(missing)} ({missing[0]}, …) have no prediction of "
-            f"{first}, which only the folds that validate them write: "
-            + ("ask for all folds" if is_asked_for else f"add {first.rpartition('__')[2]} to -c, and all folds")
-        )
+    to_do = [job for job in jobs if not (job.is_trained() and job.is_validated(file_ending, probabilities))]
+    for job in to_do:
+        if job.after is None:
+            continue
+        needed = set(_all_cases(job.preprocessed))
+        if job.fold != "all":
+            splits = json.loads((job.preprocessed / "splits_final.json").read_text(encoding="utf-8"))
+            needed = {str(case) for part in ("train", "val") for case in splits[int(job.fold)].get(part, [])}
+        coming = {case for other in to_do if other.model == job.after for case in other.cases}
+        predicted = job.results / job.dataset / job.after / "predicted_next_stage" / job.configuration
+        # Arrays of NumPy or Blosc, as nnU-Net's version has it.
+        there = {path.stem for path in predicted.glob("*") if path.suffix in (".npz", ".b2nd")}
+        if missing := sorted(needed - coming - there):
+            raise CommandError(
+                f"{job.configuration} fold {job.fold}: of {len(needed)} cases {len(missing)} ({missing[0]}, …) have no "
+                f"prediction of {job.after}, which it writes where it validates: add {job.after.rpartition('__')[2]} "
+                "to -c, and all folds; folds of it that are finished need  nnUNetv2_train … --val  once more"
+            )
 
 
 def write_missing_splits(preprocessed: Path, configuration: str) -> None:

@@ -149,6 +149,7 @@ def compare(
         every, most = set().union(*having.values()), max(summary["n"][metric] for summary in summaries.values())
         for model, summary in summaries.items():
             statistics = {key: summary[key][metric] for key in ("mean", "std", "median", "n", "ci95")}
+            statistics["median"] = _median(summary, metric)
             table[model][metric] = Cell(
                 **statistics, p=tests.get(model), p_holm=corrected.get(model), pairs=len(pairs.get(model, ([],))[0]),
                 complete=having[model] == every and statistics["n"] == most,
@@ -170,13 +171,17 @@ def ranked(table: Table) -> Table:
         merits = {
             model: _merit(name, cells[name].mean)
             for model, cells in table.items()
-            if cells[name].mean is not None and cells[name].complete
+            if cells[name].mean is not None and math.isfinite(cells[name].mean) and cells[name].complete
         }
         order = sorted(set(merits.values()), reverse=True)
         for model, cells in table.items():
             rank = order.index(merits[model]) + 1 if model in merits else None
             result[model][name] = replace(cells[name], rank=rank)
     return result
+
+
+def _median(summary: Mapping[str, Any], metric: str) -> float | None:
+    return math.inf if metric in summary["infinite_median"] else summary["median"][metric]
 
 
 def set_metrics(convention: Convention) -> list[str]:
@@ -208,7 +213,7 @@ def of_the_set(
         elif kind == "pooled":
             found[reported] = summary["pooled"][metric], summary["pooled_ci95"][metric]
         else:
-            found[reported] = math.inf if kind in summary["infinite_median"] else summary["median"][kind], None
+            found[reported] = _median(summary, kind), None
     return found
 
 

@@ -69,10 +69,11 @@ def markdown(table: Table, convention: Convention, baseline: str, disputed: Sequ
     for model, cells in table.items():
         row = [_cell(cells[c], "**{}**", "<u>{}</u>", " ± ", " *") for c in columns]
         lines.append(markdown_row([model, *row]))
-    lines += ["", "p after correction (cases in which both models have the number):", ""]
-    lines += markdown_head(["model", *(names[c] for c in tested)])
+    if tested:
+        lines += ["", "p after correction (cases in which both models have the number):", ""]
+        lines += markdown_head(["model", *(names[c] for c in tested)])
     for model, cells in table.items():
-        if model != baseline:
+        if model != baseline and tested:
             row = ["–" if cells[c].p_holm is None else f"{cells[c].p_holm:.3g} ({cells[c].pairs})" for c in tested]
             lines.append(markdown_row([model, *row]))
     if disputed:

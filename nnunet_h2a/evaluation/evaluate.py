@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -187,8 +188,7 @@ def _pairs(
         images = label_files(arguments.images)
     except CaseError as error:
         raise CommandError(str(error)) from error
-    # One image per case by its own name, or nnU-Net's with a channel each.
-    ending = "" if any(case in images for case in cases) else f"_{_pet_channel(arguments, dataset_json):04d}"
+    ending = _ending(arguments, cases, images, dataset_json)
     for case in cases:
         if case + ending not in images:
             refused[case] = f"{arguments.images} has no {case}{ending}.*: give the folder with its PET image"
@@ -196,6 +196,21 @@ def _pairs(
         Pair(case, reference[case], predicted[case], images[case + ending])
         for case in cases if case + ending in images
     ]  # fmt: skip
+
+
+def _ending(
+    arguments: argparse.Namespace,
+    cases: Sequence[str],
+    images: Mapping[str, Path],
+    dataset_json: tuple[dict[str, Any], Path] | None,
+) -> str:
+    """What images' names have after the case's: nothing, or nnU-Net's channel; whichever more cases have."""
+    own = [case in images for case in cases]
+    with_channels = {name[:-5] for name in images if re.search(r"_\d{4}$", name)}
+    if (all(own) and arguments.pet_channel is None) or (any(own) and not with_channels.intersection(cases)):
+        return ""
+    channel = f"_{_pet_channel(arguments, dataset_json):04d}"
+    return max((channel, ""), key=lambda ending: sum(case + ending in images for case in cases))
 
 
 def _pet_channel(arguments: argparse.Namespace, dataset_json: tuple[dict[str, Any], Path] | None) -> int:

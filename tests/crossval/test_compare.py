@@ -15,7 +15,7 @@ from scipy.stats import PermutationMethod, wilcoxon
 from nnunet_h2a.evaluation import run_cases
 from nnunet_h2a.evaluation.compare import main
 from nnunet_h2a.evaluation.comparison import compare, disagreements, holm, paired, paired_p
-from nnunet_h2a.evaluation.comparison_tables import latex, markdown
+from nnunet_h2a.evaluation.comparison_tables import latex, long_csv, markdown
 from nnunet_h2a.evaluation.conventions import CONVENTIONS
 from tests.crossval.conftest import CASES, DATASET
 
@@ -113,11 +113,12 @@ def test_an_infinite_median_is_the_worst():
         each |= {name: {} for name in ("aggregated_dice", "aggregated_f1")}
     lost["median"]["hd95"], lost["infinite_median"] = None, ["hd95"]
     table = compare({"lost": lost, "found": found}, "found", ["dice"])
-    assert [table[model]["hd95 median"].rank for model in ("lost", "found")] == [2, 1]
+    assert [table[model]["hd95 median"].rank for model in ("lost", "found")] == [None, 1]
     text = markdown(table, CONVENTIONS["hecktor"], "found", [])
     assert "| lost | **1 ± 0** |" in text
-    assert "<u>∞</u>" in markdown(table, CONVENTIONS["hecktor"], "found", [])
-    assert r"\underline{$\infty$}" in latex(table, CONVENTIONS["hecktor"], "found")
+    assert text.count("| ∞ |") == 1
+    assert r" & $\infty$ \\" in latex(table, CONVENTIONS["hecktor"], "found")
+    assert [line.split(",")[2] for line in long_csv(table).splitlines() if line.startswith("lost,hd95 m")] == ["inf"]
 
 
 def summary(dice, hd95):
@@ -307,6 +308,7 @@ def test_columns_that_are_asked_for(arguments, tmp_path, metrics, columns):
     assert main([*arguments, "--convention", "hecktor", "--metrics", *metrics]) == 0
     rows = list(csv.DictReader((tmp_path / "table" / "comparison.csv").open()))
     assert list(dict.fromkeys(row["metric"] for row in rows)) == columns
+    assert ("p after correction" in (tmp_path / "table" / "comparison.md").read_text()) == ("dice" in metrics)
     # What is of the whole set has no distribution to draw.
     assert (tmp_path / "table" / "comparison.png").exists() == ("dice" in metrics)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,7 +17,7 @@ from nnunetv2.utilities.crossval_split import generate_crossval_split
 from nnunet_h2a.command import CommandError
 from nnunet_h2a.crossval.command import _jobs as jobs_of
 from nnunet_h2a.crossval.command import build_parser, main
-from nnunet_h2a.crossval.jobs import FINISHED, SCORING, TRAINING, VALIDATING, WAITING, progress_of
+from nnunet_h2a.crossval.jobs import FINISHED, SCORING, TRAINING, VALIDATING, WAITING, check_first_stages, progress_of
 from nnunet_h2a.crossval.run_job import BUSY, Settings, _held, is_busy, next_command, reason, run_job
 from nnunet_h2a.crossval.schedule import Table, duration, run_all, seconds_left
 from tests.crossval.conftest import CASES, DATASET, write_checkpoint
@@ -90,22 +91,50 @@ def test_a_fold_has_one_name(dataset, tmp_path):
 
 
 def test_a_cascade_needs_its_first_stage_of_every_case(dataset, tmp_path):
-    cascade = ["-c", "3d_lowres", "3d_cascade_fullres"]
-    assert len(jobs(dataset, tmp_path, *cascade)) == 4
-    with pytest.raises(CommandError, match=r"of 4 cases 2 \(case_2, …\) have no prediction of .*ask for all folds"):
-        jobs(dataset, tmp_path, *cascade, "-f", "0")
-    alone = ["-c", "3d_cascade_fullres", "-f", "0"]
-    with pytest.raises(CommandError, match="add 3d_lowres to -c, and all folds"):
-        jobs(dataset, tmp_path, *alone)
-    # A script for it may be written before its first stage has run.
-    assert len(jobs(dataset, tmp_path, *alone, "--slurm", "x.sh")) == 1
-    first = tmp_path / "nnUNet_results" / DATASET / "nnUNetTrainer__nnUNetPlans__3d_lowres"
-    predicted = first / "predicted_next_stage" / "3d_cascade_fullres"
+    def check(*arguments):
+        check_first_stages(jobs(dataset, tmp_path, *arguments), ".nii.gz", False)
+
+    cascade, alone = ["-c", "3d_lowres", "3d_cascade_fullres"], ["-c", "3d_cascade_fullres", "-f", "0"]
+    check(*cascade)
+    check(*cascade, "-f", "all")
+    with pytest.raises(CommandError, match=r"fold 0: of 4 cases 2 \(case_2, …\) have no prediction of .*and all folds"):
+        check(*cascade, "-f", "0")
+    with pytest.raises(CommandError, match=r"fold 0: of 4 cases 4 .*add 3d_lowres to -c"):
+        check(*alone)
+    # A fold that has validated before, without a prediction for the second stage, will not write one.
+    (job,) = jobs(dataset, tmp_path, "-c", "3d_lowres", "-f", "1")
+    finish(job)
+    with pytest.raises(CommandError, match=r"fold 0: of 4 cases 2 \(case_2, …\).* finished need .*--val  once more"):
+        check(*cascade)
+    predicted = job.model_folder / "predicted_next_stage" / "3d_cascade_fullres"
     predicted.mkdir(parents=True)
-    for case, ending in zip(CASES, ("npz", "b2nd", "npz", "npz"), strict=True):
+    for case, ending in zip(CASES[2:], ("npz", "b2nd"), strict=True):
         (predicted / f"{case}.{ending}").touch()
-    assert len(jobs(dataset, tmp_path, *alone)) == 1
-    assert len(jobs(dataset, tmp_path, *cascade, "-f", "all")) == 2
+    check(*cascade)
+    # What is finished needs nothing more.
+    shutil.rmtree(predicted)
+    (job,) = jobs(dataset, tmp_path, *alone)
+    finish(job)
+    check(*alone)
+
+
+def test_a_script_for_a_second_stage_before_its_first_has_run(dataset, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("nnunet_h2a.crossval.command._ask", lambda *asked: {"missing": []})
+    command = ["-d", "801", "-device", "cpu", "-c", "3d_cascade_fullres"]
+    assert main([*command, "-f", "0", "1", "--slurm", str(tmp_path / "x.sh")]) == 0
+    assert main([*command, "3d_lowres", "-f", "0", "1", "--slurm", str(tmp_path / "y.sh")]) == 2
+    assert "write a script for each configuration" in capsys.readouterr().err
+    assert main([*command, "-f", "0", "1", "--job", "0"]) == 2
+    assert "have no prediction of nnUNetTrainer__nnUNetPlans__3d_lowres" in capsys.readouterr().err
+
+
+def finish(job):
+    """A fold that has trained and validated."""
+    job.validation.mkdir(parents=True)
+    write_checkpoint(job.folder / "checkpoint_final.pth")
+    for case in job.cases:
+        (job.validation / f"{case}.nii.gz").touch()
+    job.summary.write_text("{}")
 
 
 def test_what_comes_next(dataset, tmp_path):
@@ -142,11 +171,14 @@ def test_what_comes_next(dataset, tmp_path):
     assert progress_of(job, ".nii.gz", False).stage == SCORING
     job.note_scored()
     assert progress_of(job, ".nii.gz", False).stage == FINISHED
-    # True labels that were corrected since.
-    label = dataset / "gt_segmentations" / "case_0.nii.gz"
-    os.utime(label, (time.time() + 10,) * 2)
+    # True labels that were corrected since; those of another fold do not matter.
+    os.utime(dataset / "gt_segmentations" / "case_3.nii.gz", (1e9, 1e9))
+    assert progress_of(job, ".nii.gz", False).stage == FINISHED
+    os.utime(dataset / "gt_segmentations" / "case_0.nii.gz", (time.time() + 3600,) * 2)
     assert progress_of(job, ".nii.gz", False).stage == SCORING
-    os.utime(label, (time.time() - 10,) * 2)
+    # Their clock was ahead.
+    job.note_scored()
+    assert progress_of(job, ".nii.gz", False).stage == FINISHED
     assert next_command(job, SETTINGS) is None
     # A validation that was repeated since is scored anew.
     later = time.time() + 10

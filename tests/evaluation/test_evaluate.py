@@ -343,6 +343,25 @@ def test_images_by_the_cases_own_names(folders, capsys):
     assert {case for case, _ in cases(folders)} == {"case_1", "case_2"}
 
 
+def test_a_case_that_is_called_like_another_ones_channel(folders, capsys):
+    for folder in ("labelsTr", "predicted"):
+        (folders / folder / "case_2.nii.gz").rename(folders / folder / "case_1_0001.nii.gz")
+    for channel in (0, 1):
+        old = folders / "imagesTr" / f"case_2_000{channel}.nii.gz"
+        old.rename(folders / "imagesTr" / f"case_1_0001_000{channel}.nii.gz")
+    assert main(arguments(folders, "-img", folders / "imagesTr")) == 0
+    assert {case for case, _ in cases(folders)} == {"case_0", "case_1", "case_1_0001"}
+
+
+def test_without_a_standard_output(folders):
+    program = (
+        "import os, sys; os.close(1); sys.stdout = None\n"
+        "from nnunet_h2a.evaluation.evaluate import main; sys.exit(main(sys.argv[1:]))"
+    )
+    finished = subprocess.run([sys.executable, "-c", program, *arguments(folders)], check=False, stderr=subprocess.PIPE)
+    assert (finished.returncode, finished.stderr) == (0, b"")
+
+
 @pytest.mark.parametrize("content", ["[]", "1", '"x"', "null"])
 def test_a_dataset_json_that_is_no_object(folders, capsys, content):
     (folders / "dataset.json").write_text(content)
