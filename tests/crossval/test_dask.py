@@ -31,6 +31,7 @@ def test_workers_score_what_is_not_scored(predicted, dataset, tmp_path, capsys, 
     assert "no scheduler with a worker answers there" in capsys.readouterr().err
 
 
+@pytest.mark.full
 def test_workers_that_come_and_a_scheduler_that_goes(dataset, tmp_path, monkeypatch):
     """A job begins again where its cluster has gone, and nothing ends in a traceback."""
     distributed = pytest.importorskip("distributed", reason="distributed is not installed")

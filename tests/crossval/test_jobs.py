@@ -460,7 +460,9 @@ def test_a_job_says_why_it_does_nothing(dataset, tmp_path, capsys, monkeypatch):
     assert "nnUNetTrainer__nnUNetPlans__3d_fullres fold 1: another run works on it" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP", "SIGINT"])
+@pytest.mark.parametrize(
+    "name", ["SIGTERM", *(pytest.param(name, marks=pytest.mark.full) for name in ("SIGHUP", "SIGINT"))]
+)
 def test_a_signal_ends_the_command_and_its_children(dataset, tmp_path, name):
     script = (
         "import sys; from nnunet_h2a.crossval import command, run_job, slots\n"
