@@ -96,7 +96,7 @@ KINDS = ((1, np.uint8, False), (1, np.uint8, True), (1, np.float64, False), (2, 
 
 
 def _write(folder: Path, shape: Sequence[int], lesions: int) -> None:
-    """Folders of each kind of files, with one case."""
+    """Folders of each kind of files, with one case: two sets of lesions, of one label or of one each."""
     one, other = masks(shape, lesions), masks(shape, lesions, seed=1)
     for labels, dtype, _ in KINDS:
         for name, first, second in zip(("truth", "predicted"), one, other, strict=True):

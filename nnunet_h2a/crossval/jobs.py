@@ -241,8 +241,9 @@ def check_first_stages(jobs: Sequence[Job], file_ending: str, probabilities: boo
     for job in to_do:
         if job.after is None:
             continue
-        needed = set(_all_cases(job.preprocessed))
-        if job.fold != "all":
+        if job.fold == "all":
+            needed = set(job.cases)
+        else:
             splits = json.loads((job.preprocessed / "splits_final.json").read_text(encoding="utf-8"))
             needed = {str(case) for part in ("train", "val") for case in splits[int(job.fold)].get(part, [])}
         coming = {case for other in to_do if other.model == job.after for case in other.cases}

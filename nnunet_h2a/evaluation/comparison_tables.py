@@ -72,10 +72,10 @@ def markdown(table: Table, convention: Convention, baseline: str, disputed: Sequ
     if tested:
         lines += ["", "p after correction (cases in which both models have the number):", ""]
         lines += markdown_head(["model", *(names[c] for c in tested)])
-    for model, cells in table.items():
-        if model != baseline and tested:
-            row = ["–" if cells[c].p_holm is None else f"{cells[c].p_holm:.3g} ({cells[c].pairs})" for c in tested]
-            lines.append(markdown_row([model, *row]))
+        for model, cells in table.items():
+            if model != baseline:
+                row = ["–" if cells[c].p_holm is None else f"{cells[c].p_holm:.3g} ({cells[c].pairs})" for c in tested]
+                lines.append(markdown_row([model, *row]))
     if disputed:
         lines += ["", "Cases in which the models' Dice differ most:", ""]
         lines += markdown_head(["case", "label", *table])
